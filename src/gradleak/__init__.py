@@ -1,0 +1,45 @@
+"""gradleak: how much private training data can be rebuilt from the updates that federated-learning clients share?"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from gradleak.attacks import attack
+from gradleak.run import audit
+from gradleak.client import FedSGD, operator, simulate
+from gradleak.data import load as load_data
+from gradleak.errors import GradleakError
+from gradleak.evaluate import Evaluation, evaluate
+from gradleak.invert import Reconstruction, invert
+from gradleak.labels import Labels, recover
+from gradleak.models import build as build_model
+from gradleak.observation import Observation, Truth, Update
+from gradleak.spec import ClientSpec, DataSpec, ModelSpec, RunSpec, load
+
+try:
+    __version__ = version("gradleak")
+except PackageNotFoundError:  # running from a source tree that is not installed
+    __version__ = "0"
+
+__all__ = [
+    "ClientSpec",
+    "DataSpec",
+    "Evaluation",
+    "FedSGD",
+    "GradleakError",
+    "Labels",
+    "ModelSpec",
+    "Observation",
+    "Reconstruction",
+    "RunSpec",
+    "Truth",
+    "Update",
+    "attack",
+    "audit",
+    "build_model",
+    "evaluate",
+    "invert",
+    "load",
+    "load_data",
+    "operator",
+    "recover",
+    "simulate",
+]

@@ -1,0 +1,166 @@
+"""The command line: audit, capture, invert, evaluate, check, list."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from gradleak.errors import GradleakError, SpecError, nearest
+
+app = typer.Typer(
+    name="gradleak",
+    help="How much private training data can be rebuilt from the updates that federated-learning clients share? "
+    "Find out by doing it, on your own system.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+SpecFile = Annotated[Path | None, typer.Argument(help="TOML specification; without one: the embedded default")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key, e.g. attack.rounds=300")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder; must be empty or absent")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite an earlier run in the output folder")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress")]
+UpdateFile = Annotated[Path, typer.Argument(metavar="UPDATE", help="update.safetensors, as `capture` writes it")]
+
+
+@app.command()
+def audit(spec: SpecFile = None, *, set_: Set = None, out: Out, force: Force = False, quiet: Quiet = False) -> None:
+    """Simulate a client, attack its update, evaluate, report."""
+    from gradleak import run
+    from gradleak.spec import load
+
+    result = run.audit(load(spec, set_), out, force=force, progress=not quiet, command=_command())
+    _print_result(result, out)
+
+
+@app.command()
+def capture(
+    spec: SpecFile = None,
+    *,
+    set_: Set = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the update goes (safetensors)")],
+    truth: Annotated[Path | None, typer.Option("--truth", metavar="FILE", help="Where the private batch goes")] = None,
+    force: Force = False,
+) -> None:
+    """Simulate the client only: write what the server would hold, and the private batch apart."""
+    from gradleak import run
+    from gradleak.spec import load
+
+    paths = [p for p in (out, truth) if p is not None]
+    for path in paths:
+        run.prepare_file(path, force=force)
+    client = run.simulate_client(load(spec, set_))
+    client.observation.save(out)
+    typer.echo(f"update: {out} ({client.operator.parameters:,} numbers from {client.observation.batch} images)")
+    if truth is not None:
+        client.truth.save(truth)
+        typer.echo(f"truth: {truth} (private images: keep it to yourself)")
+
+
+@app.command()
+def invert(
+    update: UpdateFile,
+    *,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Built-in name, file.py:function or module:function (runs that code)")
+    ] = None,
+    set_: Set = None,
+    out: Out,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Attack a saved update. There is no truth, so there is no score: see `evaluate`."""
+    from gradleak import run
+    from gradleak.observation import Observation
+
+    observation = Observation.load(update)
+    spec = run.spec_for(observation, model=model, overrides=set_ or [], where=str(update))
+    result = run.invert_observation(
+        observation, spec, out, where=str(update), force=force, progress=not quiet, command=_command()
+    )
+    _print_result(result, out)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder of `invert` or `audit`")],
+    *,
+    truth: Annotated[Path, typer.Option("--truth", metavar="FILE", help="The private batch, as `capture` writes it")],
+    lpips: Annotated[str, typer.Option(help="auto, off, download, or a safetensors file of VGG-16's features")] = "auto",
+) -> None:
+    """Score a reconstruction against the truth, and write its report anew."""
+    from gradleak import run
+    from gradleak.observation import Truth
+
+    _print_result(run.evaluate_run(folder, Truth.load(truth), lpips=lpips), folder)
+
+
+@app.command()
+def check(spec: SpecFile = None, *, set_: Set = None) -> None:
+    """Before spending hours: can it work at all, and what would it cost? Runs two rounds."""
+    from gradleak.check import check as measure
+    from gradleak.spec import load
+
+    for line in measure(load(spec, set_)).lines():
+        typer.echo(line)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str | None, typer.Argument(help="attacks, models, datasets, labels, or nothing for all")] = None,
+) -> None:
+    """What can be named in a specification."""
+    from gradleak import attacks, data, labels, models
+
+    known: dict[str, dict[str, str]] = {
+        "attacks": attacks.available(),
+        "models": dict.fromkeys(models.available(), ""),
+        "datasets": data.available(),
+        "labels": labels.RULES,
+    }
+    if what is not None and what not in known:
+        raise SpecError(f"list: unknown {what!r}{nearest(what, known)}")
+    for title, entries in known.items():
+        if what in (None, title):
+            typer.echo(f"{title}:")
+            width = max(len(name) for name in entries)
+            for name, text in entries.items():
+                typer.echo(f"  {name:{width}}  {text}".rstrip())
+
+
+def main() -> NoReturn:
+    """Entry point: bad input gives one line on standard error and exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        app(standalone_mode=True)
+    except GradleakError as error:
+        typer.echo(f"gradleak: error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("gradleak: interrupted", err=True)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _command() -> str:
+    return shlex.join(["gradleak", *sys.argv[1:]])
+
+
+def _print_result(result: dict[str, Any], folder: Path) -> None:
+    typer.echo(result["verdict"])
+    for name, row in result.get("metrics", {}).items():
+        if name != "mse" and row["mean"] is not None:
+            typer.echo(f"  {name:5}  mean {row['mean']:.3f}  median {row['median']:.3f}  worst {row['worst']:.3f}")
+    for name, note in result.get("notes", {}).items():
+        typer.echo(f"  {name:5}  not computed: {note}")
+    cost = result["cost"]
+    typer.echo(f"  {cost['rounds']} rounds in {cost['seconds']:.0f} s; matching loss {result['matching_loss']:.2e}")
+    typer.echo(f"report: {(folder / 'report.html').resolve()}")
+    typer.echo("It shows private images: keep the folder to yourself.")

@@ -1,0 +1,277 @@
+"""Where the client's private batch comes from: embedded photographs, CIFAR, folders of images, arrays."""
+
+from __future__ import annotations
+
+import importlib.resources
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gradleak.errors import DataError, nearest
+from gradleak.observation import Truth
+from gradleak.spec import DataSpec
+
+Box = tuple[float, float, float]
+"""A square of a photograph: (left, top, side) in units of the photograph's height."""
+
+#: Photographs in the scikit-image wheel (CC0 or public domain) and squares of them that show something each.
+PHOTOGRAPHS: dict[str, tuple[Box, ...]] = {
+    "astronaut.png": (
+        (0.00, 0.00, 1.00),
+        (0.23, 0.00, 0.42),  # face
+        (0.56, 0.10, 0.44),  # space shuttle
+        (0.20, 0.64, 0.28),  # mission patch
+        (0.18, 0.00, 0.60),  # bust
+        (0.53, 0.65, 0.35),  # helmet
+        (0.00, 0.02, 0.29),  # flag
+        (0.04, 0.45, 0.55),  # suit
+    ),
+    "coffee.png": (
+        (0.20, 0.00, 1.00),
+        (0.38, 0.00, 0.70),  # cup
+        (0.78, 0.48, 0.36),  # spoon
+        (0.43, 0.10, 0.50),  # coffee
+        (0.33, 0.40, 0.46),  # handle
+        (0.00, 0.25, 0.75),  # saucer and table, left
+        (0.85, 0.00, 0.65),  # saucer and table, right
+        (0.55, 0.40, 0.60),  # spoon and cup
+    ),
+    "chelsea.png": (
+        (0.20, 0.00, 1.00),
+        (0.40, 0.16, 0.78),  # face
+        (0.37, 0.22, 0.42),  # one eye
+        (0.62, 0.58, 0.40),  # nose
+        (0.90, 0.28, 0.36),  # other eye
+        (0.00, 0.00, 0.65),  # forehead and eye
+        (0.85, 0.00, 0.62),  # ear
+        (0.15, 0.30, 0.70),  # whiskers
+    ),
+    "rocket.jpg": (
+        (0.25, 0.00, 1.00),
+        (0.48, 0.28, 0.55),  # rocket
+        (0.08, 0.64, 0.36),  # lamps, left
+        (0.66, 0.26, 0.24),  # nose cone
+        (0.70, 0.64, 0.36),  # lamps, right
+        (0.00, 0.42, 0.58),  # masts, left
+        (0.90, 0.41, 0.59),  # masts, right
+        (0.32, 0.44, 0.56),  # rocket and mast
+    ),
+}
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+MAX_BATCH_BYTES = 4 << 30
+
+
+def available() -> dict[str, str]:
+    """Source -> what it is, in one line."""
+    return {
+        "sample": "32 crops of four photographs inside the scikit-image wheel; no download",
+        "cifar10": "CIFAR-10, training images (torchvision; data.root, data.download)",
+        "cifar100": "CIFAR-100, training images (torchvision; data.root, data.download)",
+        "folder:PATH": "PATH/<class>/<image>: one folder per class, or per class number",
+        "npz:PATH": "NumPy archive: x (N x H x W x C or N x C x H x W, uint8 or [0, 1]) and y (N integers)",
+    }
+
+
+def load(spec: DataSpec) -> Truth:
+    """Images ``start .. start + batch - 1`` of a source, with labels and names. Only these are decoded.
+
+    A size that differs from the source's own means: the largest central square, resized with Lanczos' antialiased filter.
+    Without a size, ``sample`` gives 32 pixels, ``folder`` 224, the others what is stored.
+
+    Returns:
+        Images B x C x H x W, float32 in [0, 1], and labels B, int64.
+
+    Raises:
+        DataError: The source is unknown, missing or damaged, or has fewer than ``start + batch`` images.
+    """
+    kind, colon, path = spec.source.partition(":")
+    sources: dict[str, Callable[[DataSpec], Truth]] = {"sample": _sample, "cifar10": _cifar, "cifar100": _cifar}
+    readers: dict[str, Callable[[DataSpec, Path], Truth]] = {"folder": _folder, "npz": _npz}
+    if kind in sources and not colon:
+        return sources[kind](spec)
+    if kind in readers and path:
+        return readers[kind](spec, Path(path).expanduser())
+    raise DataError(f"unknown data.source {spec.source!r}{nearest(spec.source, available())}")
+
+
+def _sample(spec: DataSpec) -> Truth:
+    files = list(PHOTOGRAPHS)
+    # the first crop of every photograph, then the second of every photograph, ...
+    crops = [(label, box) for boxes in zip(*PHOTOGRAPHS.values(), strict=True) for label, box in enumerate(boxes)]
+    images, labels = [], []
+    for label, (left, top, side) in [crops[row] for row in _rows(spec, len(crops))]:
+        with importlib.resources.files("skimage").joinpath("data", files[label]).open("rb") as stream:
+            photograph = _decode(stream, files[label])
+        unit = photograph.height
+        box = (left * unit, top * unit, min((left + side) * unit, photograph.width), min((top + side) * unit, unit))
+        images.append(_resize(photograph, box, spec.size or 32))
+        labels.append(label)
+    return Truth(torch.stack(images), torch.tensor(labels), tuple(Path(files[label]).stem for label in labels))
+
+
+def _cifar(spec: DataSpec) -> Truth:
+    from torchvision import datasets  # slow to import, needed here only
+
+    dataset = datasets.CIFAR10 if spec.source == "cifar10" else datasets.CIFAR100
+    root = (spec.root or _cache()).expanduser()
+    try:
+        # torchvision reads the pickles inside only after their checksums have matched
+        data = dataset(root, train=True, download=spec.download)
+    except Exception as cause:  # from the network, the archive or the disk
+        raise DataError(
+            f"{spec.source}: no intact {root / dataset.base_folder} ({cause}). Set data.download = true; without a network, "
+            f"put {dataset.filename} into {root} first, then it is only unpacked. Or name the folder that holds "
+            f"{dataset.base_folder} with data.root, or use data.source = npz:PATH"
+        ) from None
+    rows = _rows(spec, len(data.data))
+    images = torch.from_numpy(data.data[rows.start : rows.stop]).permute(0, 3, 1, 2).float() / 255
+    labels = data.targets[rows.start : rows.stop]
+    return Truth(_fit(images, spec.size), torch.tensor(labels), tuple(data.classes[label] for label in labels))
+
+
+def _folder(spec: DataSpec, root: Path) -> Truth:
+    expected = f"expected {root}/<class>/<image>"
+    if not root.is_dir():
+        raise DataError(f"{spec.source}: no such folder; {expected}")
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    files = [file for name in classes for file in (root / name).rglob("*") if file.suffix.lower() in SUFFIXES]
+    files.sort(key=lambda file: file.relative_to(root).parts)
+    if not files:
+        raise DataError(f"{spec.source}: no images; {expected}, an image being one of {', '.join(sorted(SUFFIXES))}")
+    numbered = all(name.isdecimal() for name in classes)
+    images, labels, names = [], [], []
+    for file in [files[row] for row in _rows(spec, len(files))]:
+        with file.open("rb") as stream:
+            image = _decode(stream, str(file))
+        images.append(_resize(image, _centre(image.width, image.height), spec.size or 224))
+        name = file.relative_to(root).parts[0]
+        labels.append(int(name) if numbered else classes.index(name))
+        names.append(file.stem if numbered else name)  # a class number says nothing to people
+    return Truth(torch.stack(images), torch.tensor(labels), tuple(names))
+
+
+def _npz(spec: DataSpec, path: Path) -> Truth:
+    if not path.is_file():
+        raise DataError(f"{spec.source}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            stored, count = _read_rows(archive, path, ("x", "images"), spec, ndim=4, kinds="uf")
+            labels, labelled = _read_rows(archive, path, ("y", "labels"), spec, ndim=1, kinds="ui")
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, RuntimeError) as cause:
+        raise DataError(f"{path}: not a readable .npz archive: {cause}") from None
+    if count != labelled:
+        raise DataError(f"{path}: {count} images but {labelled} labels")
+    if labels.min() < 0:
+        raise DataError(f"{path}: label {labels.min()} is negative; classes count from 0")
+    images = torch.from_numpy(stored.astype(np.float32))
+    if stored.dtype == np.uint8:
+        images /= 255
+    elif not (images.min() >= 0 and images.max() <= 1):  # NaN fails it too
+        raise DataError(
+            f"{path}: {stored.dtype} images must lie in [0, 1], found [{stored.min()}, {stored.max()}]; "
+            "store uint8, or divide them by 255"
+        )
+    if images.shape[3] <= images.shape[1]:  # there are fewer channels than pixels
+        images = images.permute(0, 3, 1, 2)
+    names = tuple(str(label) for label in labels)
+    return Truth(_fit(images.contiguous(), spec.size), torch.from_numpy(labels.astype(np.int64)), names)
+
+
+def _read_rows(
+    archive: zipfile.ZipFile, path: Path, keys: tuple[str, ...], spec: DataSpec, *, ndim: int, kinds: str
+) -> tuple[np.ndarray, int]:
+    """The rows that ``spec`` asks for of the first array among ``keys``, and how many rows there are.
+
+    np.load would decompress and allocate whole arrays; this reads the header, skips, and reads those rows.
+    """
+    member = next((f"{key}.npy" for key in keys if f"{key}.npy" in archive.namelist()), None)
+    if member is None:
+        there = ", ".join(name.removesuffix(".npy") for name in archive.namelist()[:8])
+        raise DataError(f"{path}: no array {' or '.join(map(repr, keys))}; found: {there or 'nothing'}")
+    where = f"{path}: array {member.removesuffix('.npy')!r}"
+    with archive.open(member) as stream:
+        # version 1 bounds the header at 64 KiB; later ones serve structured types only
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise DataError(f"{where}: unknown .npy version; expected a plain array of numbers")
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+        if dtype.kind not in kinds or (dtype.kind == "u" and ndim == 4 and dtype != np.uint8):
+            raise DataError(f"{where}: type {dtype}; expected {'uint8 or float' if ndim == 4 else 'integers'}")
+        if len(shape) != ndim or min(shape) < 1:
+            raise DataError(
+                f"{where}: shape {shape}; expected {'N x H x W x C or N x C x H x W' if ndim == 4 else 'N'}"
+            )
+        if fortran_order and ndim > 1:
+            raise DataError(f"{where}: in Fortran order; save np.ascontiguousarray of it")
+        rows = _rows(spec, shape[0])
+        row_bytes = dtype.itemsize * math.prod(shape[1:])
+        wanted = len(rows) * row_bytes
+        if wanted > MAX_BATCH_BYTES:
+            raise DataError(
+                f"{where}: {len(rows)} rows of shape {shape[1:]} are {wanted} bytes, at most {MAX_BATCH_BYTES}"
+            )
+        stream.seek(stream.tell() + rows.start * row_bytes)
+        content = stream.read(wanted)
+    if len(content) < wanted:
+        raise DataError(f"{where}: truncated: shape {shape} needs more bytes than there are")
+    return np.frombuffer(content, dtype).reshape(len(rows), *shape[1:]), shape[0]
+
+
+def _rows(spec: DataSpec, count: int) -> range:
+    stop = spec.start + spec.batch
+    if stop > count:
+        raise DataError(
+            f"{spec.source} has {count} images, data.start + data.batch asks for {stop}: choose data.batch <= "
+            f"{count - spec.start}" + ("" if spec.start < count else f" after data.start < {count}")
+        )
+    return range(spec.start, stop)
+
+
+def _decode(stream: IO[bytes], name: str) -> Image.Image:
+    try:
+        with Image.open(stream) as image:
+            if image.mode.startswith(("I", "F")):
+                raise DataError(f"{name}: more than 8 bits a channel (mode {image.mode}); convert it to 8 bits first")
+            return image.convert("RGB")
+    except DataError:
+        raise
+    except Exception as cause:  # Pillow's decoders raise many kinds on damaged files
+        raise DataError(f"{name}: not a readable image: {type(cause).__name__}: {cause}") from None
+
+
+def _centre(width: int, height: int) -> tuple[float, float, float, float]:
+    """The largest central square, as (left, top, right, bottom)."""
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def _resize(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Tensor:
+    """A square of an RGB photograph as 3 x size x size in [0, 1]."""
+    pixels = np.array(image.resize((size, size), Image.Resampling.LANCZOS, box=box))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+def _fit(images: Tensor, size: int | None) -> Tensor:
+    """The largest central square of images B x C x H x W, resized to ``size``; as they are if they have it already."""
+    count, channels, height, width = images.shape
+    if size is None or (height, width) == (size, size):
+        return images
+    box = _centre(width, height)
+    planes = [Image.fromarray(plane) for plane in images.reshape(-1, height, width).numpy()]
+    resized = [np.array(plane.resize((size, size), Image.Resampling.LANCZOS, box=box)) for plane in planes]
+    # Lanczos overshoots at edges
+    return torch.from_numpy(np.stack(resized)).view(count, channels, size, size).clamp(0, 1)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "gradleak"

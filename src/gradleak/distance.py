@@ -1,0 +1,62 @@
+"""Distances between two updates, each as its value and its cotangent with respect to the first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradleak.observation import Update
+
+Distance = Callable[[Update, Update], tuple[float, Update]]
+DistanceName = Literal["cosine", "squared-l2"]
+
+
+def squared_l2(update: Update, observed: Update) -> tuple[float, Update]:
+    r"""Squared distance and its cotangent.
+
+    :math:`D(g, g^*) = \|g - g^*\|^2`, :math:`\partial D / \partial g = 2 (g - g^*)`  (CI-Net, Eq. 2)
+
+    Args:
+        update: What the current images would have sent, name -> tensor.
+        observed: What the client sent; its names select what is compared.
+
+    Returns:
+        The distance, and its cotangent (names of ``observed``).
+    """
+    residual = {name: update[name] - target for name, target in observed.items()}
+    return _squared_norm(residual), {name: 2 * r for name, r in residual.items()}
+
+
+def cosine(update: Update, observed: Update) -> tuple[float, Update]:
+    r"""One minus the cosine of the angle between two updates, all parameters as one vector, and its cotangent.
+
+    :math:`D(g, g^*) = 1 - \langle g, g^* \rangle / (\|g\| \|g^*\|)`  (CI-Net, Eq. 3). With the unit vectors
+    :math:`u = g / \|g\|`, :math:`v = g^* / \|g^*\|` and :math:`e = v - u` it is computed as
+
+    .. math:: D = \tfrac12 \|e\|^2, \qquad \partial D / \partial g = -\big(e + \tfrac12 \|e\|^2 u\big) / \|g\|,
+
+    which is the same, and keeps its digits where ``1 - cos`` in float32 has none left (below 6e-8).
+
+    Returns:
+        The distance in [0, 2], and its cotangent (names of ``observed``). A zero update is at distance 1 from everything.
+    """
+    norm = math.sqrt(_squared_norm({name: update[name] for name in observed}))
+    target_norm = math.sqrt(_squared_norm(observed))
+    if norm == 0 or target_norm == 0:
+        return 1.0, {name: torch.zeros_like(target) for name, target in observed.items()}
+    unit = {name: update[name] / norm for name in observed}
+    error = {name: target / target_norm - unit[name] for name, target in observed.items()}
+    value = _squared_norm(error) / 2
+    return value, {name: e.add_(unit[name], alpha=value).mul_(-1 / norm) for name, e in error.items()}
+
+
+DISTANCES: dict[str, Distance] = {"cosine": cosine, "squared-l2": squared_l2}
+
+
+def _squared_norm(update: Update) -> float:
+    parts: list[Tensor] = [t.square().sum(dtype=torch.float64) for t in update.values()]
+    return float(torch.stack(parts).sum())

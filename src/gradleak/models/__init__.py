@@ -1,0 +1,260 @@
+"""The attacked models F: built by name, from a user's own function, with replaced activations and loaded weights."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from gradleak.errors import GradleakError, ModelError, nearest
+from gradleak.models.cifar import NETWORKS, ImageShape
+from gradleak.spec import ModelSpec
+from gradleak.tensors import check_state, read_tensors
+
+__all__ = ["available", "build", "import_function"]
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "sigmoid": nn.Sigmoid,
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "leaky_relu": nn.LeakyReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+}
+
+_REPLACEABLE = (
+    *ACTIVATIONS.values(),
+    nn.CELU,
+    nn.ELU,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.Hardtanh,  # and ReLU6, its subclass
+    nn.Mish,
+    nn.PReLU,
+    nn.RReLU,
+    nn.SELU,
+    nn.Softplus,
+    nn.Softsign,
+)
+
+#: Activations that are recognised when forward() calls them as functions. Not sigmoid and tanh: they also gate.
+_RECTIFIERS = {"relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardswish", "softplus"}
+
+
+def available() -> list[str]:
+    """Names that :func:`build` knows: the built-in networks, then ``torchvision/NAME``."""
+    return [*NETWORKS, *(f"torchvision/{name}" for name in _torchvision_names())]
+
+
+def build(spec: ModelSpec, *, image_shape: ImageShape) -> nn.Module:
+    """Build the attacked model F with weights W, on the CPU, in float32 and train mode.
+
+    The weights are a function of ``spec`` alone; torch's random state is left as it was. In-place activations become
+    out-of-place ones, for the double backward. Parameter names are the model's own whatever ``spec`` asks for.
+
+    Args:
+        spec: Name, width, classes, activation, weights, seed, normalisation.
+        image_shape: (C, H, W) of the images that F takes, in [0, 1].
+
+    Returns:
+        A module that maps B x C x H x W to logits B x num_classes.
+
+    Raises:
+        ModelError: The name is unknown, the user's code fails, an activation cannot be replaced, the weights do not
+            fit, or the model does not take such images. Says which and why.
+    """
+    channels = image_shape[0]
+    for key, values in (("mean", spec.mean), ("std", spec.std)):
+        if values is not None and len(values) != channels:
+            raise ModelError(f"model.{key} has {len(values)} values, the images have {channels} channels")
+    with torch.random.fork_rng(devices=[]):
+        # not torch.manual_seed: it would also reset the caller's accelerators
+        torch.default_generator.manual_seed(spec.seed)
+        model = _construct(spec, image_shape)
+        if spec.activation != "model":
+            _replace_activations(model, spec)
+        for module in model.modules():
+            if getattr(module, "inplace", False) is True:
+                setattr(module, "inplace", False)  # noqa: B010 (nn.Module's attributes are typed as tensors)
+        if spec.mean is not None or spec.std is not None:
+            mean, std = spec.mean or [0.0] * channels, spec.std or [1.0] * channels
+            model.register_forward_pre_hook(_Normalise(tuple(mean), tuple(std)), prepend=True)
+        _probe(model, spec, image_shape)
+    if spec.weights is not None:
+        _load_weights(model, spec.weights)
+    return model.train()
+
+
+def import_function(where: str, *, error: type[GradleakError] = ModelError) -> Callable[..., Any]:
+    """The function that ``path/to/file.py:function`` or ``package.module:function`` names. Runs the file or module.
+
+    Args:
+        where: The name.
+        error: Class of the error.
+
+    Raises:
+        GradleakError: Of class ``error``: no such file, module or function, or the code fails when it is imported.
+    """
+    source, _, name = where.rpartition(":")
+    if not source or not name:
+        raise error(f"{where}: expected path/to/file.py:function or package.module:function")
+    path = Path(source).expanduser()
+    if path.suffix == ".py" and not path.is_file():
+        raise error(f"{where}: no such file: {path}")
+    try:
+        module = _run_file(path) if path.suffix == ".py" else importlib.import_module(source)
+    except Exception as cause:  # the user's code may raise anything
+        hint = ". Is it installed, or its folder on PYTHONPATH?" if isinstance(cause, ModuleNotFoundError) else ""
+        raise error(f"{where}: importing {source} failed: {type(cause).__name__}: {cause}{hint}") from cause
+    function = getattr(module, name, None)
+    if not callable(function):
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise error(f"{where}: {source} has no function {name!r}{nearest(name, public)}")
+    return function
+
+
+@dataclass(frozen=True)
+class _Normalise:
+    """Forward pre-hook ``x -> (x - mean) / std`` per channel; holds numbers, so it follows any device and copy."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        images, *rest = inputs
+        mean = images.new_tensor(self.mean)[:, None, None]
+        std = images.new_tensor(self.std)[:, None, None]
+        return ((images - mean) / std, *rest)
+
+
+def _construct(spec: ModelSpec, image_shape: ImageShape) -> nn.Module:
+    classes = {} if spec.num_classes is None else {"num_classes": spec.num_classes}
+    if spec.name in NETWORKS:
+        width = {} if spec.width is None else {"width": spec.width}
+        return NETWORKS[spec.name](image_shape=image_shape, **classes, **width)
+    if spec.width is not None:
+        raise ModelError(f"model.width is a setting of {', '.join(NETWORKS)}; {spec.name} has none: remove it")
+    if spec.name.removeprefix("torchvision/") in _torchvision_names() and spec.name.startswith("torchvision/"):
+        return _torchvision_model(spec.name, classes, image_shape)
+    if ":" in spec.name:
+        return _own_model(spec.name, {**classes, "image_shape": image_shape})
+    raise ModelError(f"unknown model {spec.name!r}{_suggestion(spec.name)}")
+
+
+def _suggestion(name: str) -> str:
+    bare = name.removeprefix("torchvision/")
+    if bare != name or bare in _torchvision_names():
+        return nearest(f"torchvision/{bare}", available())
+    return nearest(name, [*NETWORKS, "torchvision/NAME", "path/to/file.py:function", "package.module:function"])
+
+
+def _torchvision_names() -> list[str]:
+    return [str(name) for name in torchvision.models.list_models(module=torchvision.models)]
+
+
+def _torchvision_model(name: str, classes: dict[str, int], image_shape: ImageShape) -> nn.Module:
+    if image_shape[0] != 3:
+        raise ModelError(
+            f"{name} takes images of 3 channels, these have {image_shape[0]}; use a CIFAR network or your own"
+        )
+    bare = name.removeprefix("torchvision/")
+    # without the auxiliary heads these two return logits in train mode, as all others do
+    plain = {"aux_logits": False, "init_weights": True} if bare in ("googlenet", "inception_v3") else {}
+    model: nn.Module = torchvision.models.get_model(bare, weights=None, **classes, **plain)
+    return model
+
+
+def _own_model(name: str, offered: dict[str, Any]) -> nn.Module:
+    function = import_function(name)
+    try:
+        parameters = inspect.signature(function).parameters
+        model = function(**{key: value for key, value in offered.items() if key in parameters})
+    except Exception as cause:  # the user's code may raise anything
+        raise ModelError(f"{name}: calling it failed: {type(cause).__name__}: {cause}") from cause
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{name}: returned {type(model).__name__}, expected a torch.nn.Module")
+    return model
+
+
+def _run_file(path: Path) -> ModuleType:
+    name = f"gradleak_own_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickling look the module up by name
+    spec.loader.exec_module(module)
+    return module
+
+
+def _replace_activations(model: nn.Module, spec: ModelSpec) -> None:
+    # shared instances have several names: replace under each
+    named = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, _REPLACEABLE)]
+    if not named:
+        raise ModelError(
+            f"model.activation = {spec.activation!r}: {spec.name} has no activation module to replace. Activations "
+            "called as functions (torch.nn.functional.relu) cannot be replaced: make them modules (torch.nn.ReLU)"
+        )
+    for name in named:
+        model.set_submodule(name, ACTIVATIONS[spec.activation]())
+
+
+class _FunctionNames(TorchFunctionMode):
+    """Records the names of the torch functions that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.seen.add(getattr(func, "__name__", "").rstrip("_"))
+        return func(*args, **(kwargs or {}))
+
+
+def _probe(model: nn.Module, spec: ModelSpec, image_shape: ImageShape) -> None:
+    """Run two random images through the model: it must take them, and give logits."""
+    size = "x".join(map(str, image_shape))
+    calls = _FunctionNames()
+    try:
+        with torch.no_grad(), calls:
+            logits = model.eval()(torch.rand(2, *image_shape))
+    except Exception as cause:  # the user's code may raise anything
+        raise ModelError(f"{spec.name} does not take images of {size}: {type(cause).__name__}: {cause}") from cause
+    expected = f"(2, {spec.num_classes or 'num_classes'})"
+    if not isinstance(logits, Tensor):
+        raise ModelError(f"{spec.name} returns {type(logits).__name__}, expected logits: a tensor of shape {expected}")
+    if logits.ndim != 2 or len(logits) != 2 or logits.shape[1] != (spec.num_classes or logits.shape[1]):
+        raise ModelError(
+            f"{spec.name} gives a tensor of shape {tuple(logits.shape)} for two images of {size}, expected {expected}"
+        )
+    remaining = calls.seen & _RECTIFIERS - {spec.activation}
+    if spec.activation != "model" and remaining:
+        raise ModelError(
+            f"model.activation = {spec.activation!r}: {spec.name} calls {', '.join(sorted(remaining))} as a function "
+            "in forward(), which cannot be replaced: make it a module (torch.nn.ReLU), or leave 'model'"
+        )
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    found, _ = read_tensors(path, error=ModelError)
+    # older files have no counter of batches; batch norm with momentum does not use it
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name in found or not name.endswith("num_batches_tracked")
+    }
+    check_state(found, {name: tensor.shape for name, tensor in state.items()}, where=str(path), error=ModelError)
+    model.load_state_dict(found, strict=False)

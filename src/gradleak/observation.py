@@ -1,0 +1,197 @@
+"""What the server sees (an :class:`Observation`) and what only the client has (a :class:`Truth`), in safetensors files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from gradleak.errors import DataError, ObservationError
+from gradleak.spec import ClientSpec, ModelSpec
+from gradleak.tensors import check_state, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from gradleak.client import FedSGD
+
+Update = dict[str, Tensor]
+"""What a client sends: parameter name -> tensor of that parameter's shape."""
+
+FORMAT = "gradleak-observation"
+TRUTH_FORMAT = "gradleak-truth"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The client's private batch. Only the simulation of the client and the evaluation see it.
+
+    Attributes:
+        images: B x C x H x W, float, in [0, 1].
+        labels: B, int64.
+        names: One name per image for people (class or photograph); may be empty.
+    """
+
+    images: Tensor
+    labels: Tensor
+    names: tuple[str, ...] = ()
+
+    def save(self, path: Path) -> None:
+        """Write ``images`` and ``labels`` to a safetensors file (personal data: keep it where the client's data is)."""
+        write_tensors(
+            path,
+            {"images": self.images, "labels": self.labels},
+            {"format": TRUTH_FORMAT, "version": str(VERSION), "names": json.dumps(self.names)},
+        )
+
+    @staticmethod
+    def load(path: Path) -> Truth:
+        """Read what :meth:`save` wrote. Raises :class:`~gradleak.errors.DataError` naming the file and the fault."""
+        tensors, metadata = read_tensors(path, error=DataError)
+        for key in ("images", "labels"):
+            if key not in tensors:
+                raise DataError(
+                    f"{path}: no tensor {key!r}; expected a truth file as `gradleak capture --truth` writes it"
+                )
+        images, labels = tensors["images"], tensors["labels"]
+        if images.ndim != 4 or not images.is_floating_point() or labels.shape != images.shape[:1]:
+            raise DataError(
+                f"{path}: expected float images (B, C, H, W) and labels (B), "
+                f"found {images.dtype} {tuple(images.shape)} and {tuple(labels.shape)}"
+            )
+        if not bool(torch.isfinite(images).all()) or images.min() < 0 or images.max() > 1:
+            raise DataError(f"{path}: images must be finite and in [0, 1]")
+        names = _json(path, metadata.get("names", "[]"), DataError)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise DataError(f"{path}: the names in the header must be a list of strings")
+        return Truth(images.float(), labels.long(), tuple(names))
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Everything that the server holds about one client's batch: what an attack is given.
+
+    Attributes:
+        update: g*, name -> tensor.
+        weights: W at which the client computed it, name -> tensor.
+        buffers: F's buffers (running statistics) at that moment.
+        image_shape: (C, H, W).
+        batch: B.
+        protocol: How the client turned images into the update.
+        labels: B, int64, when the threat model grants them; else None.
+        model: The built-in model's description; None when F is the user's own code.
+    """
+
+    update: Update
+    weights: Update
+    buffers: dict[str, Tensor]
+    image_shape: tuple[int, int, int]
+    batch: int
+    protocol: ClientSpec
+    labels: Tensor | None = None
+    model: ModelSpec | None = None
+
+    @property
+    def granted(self) -> frozenset[str]:
+        """What the threat model grants beside update, F and W."""
+        grants = {"batch-size", "mode"}
+        if self.labels is not None:
+            grants.add("labels")
+        return frozenset(grants)
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file: ``update/NAME``, ``weights/NAME``, ``buffers/NAME``, ``labels``; the rest as JSON."""
+        tensors = {f"update/{name}": t for name, t in self.update.items()}
+        tensors |= {f"weights/{name}": t for name, t in self.weights.items()}
+        tensors |= {f"buffers/{name}": t for name, t in self.buffers.items()}
+        if self.labels is not None:
+            tensors["labels"] = self.labels
+        header = {
+            "image_shape": list(self.image_shape),
+            "batch": self.batch,
+            "protocol": self.protocol.model_dump(mode="json"),
+            "model": None if self.model is None else self.model.model_dump(mode="json", exclude={"weights"}),
+        }
+        write_tensors(path, tensors, {"format": FORMAT, "version": str(VERSION), "observation": json.dumps(header)})
+
+    @staticmethod
+    def load(path: Path) -> Observation:
+        """Read what :meth:`save` wrote; nothing in the file is executed or imported.
+
+        Raises:
+            ObservationError: Not safetensors, cut short, another format, NaN or infinity, all zeros, bad header.
+        """
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") != FORMAT:
+            raise ObservationError(
+                f"{path}: format is {metadata.get('format')!r}, expected {FORMAT!r}; write it with `gradleak capture`"
+            )
+        if metadata.get("version") != str(VERSION):
+            raise ObservationError(f"{path}: version {metadata.get('version')!r}, this release reads version {VERSION}")
+        header = _json(path, metadata.get("observation", ""), ObservationError)
+        parts: dict[str, dict[str, Tensor]] = {"update": {}, "weights": {}, "buffers": {}}
+        for key, tensor in tensors.items():
+            kind, slash, name = key.partition("/")
+            if slash and kind in parts:
+                parts[kind][name] = tensor
+            elif key != "labels":
+                raise ObservationError(
+                    f"{path}: unexpected tensor {key!r}; known are update/*, weights/*, buffers/*, labels"
+                )
+        try:
+            colours, height, width = (int(n) for n in header["image_shape"])
+            batch = int(header["batch"])
+            protocol = ClientSpec.model_validate(header["protocol"])
+            model = None if header["model"] is None else ModelSpec.model_validate(header["model"])
+        except (KeyError, TypeError, ValueError, ValidationError) as error:
+            raise ObservationError(f"{path}: the observation header is not valid: {error}") from None
+        if min(colours, height, width, batch) < 1 or colours * height * width * batch > 2**31:
+            raise ObservationError(f"{path}: {batch} images of shape {(colours, height, width)} are out of range")
+        labels = tensors.get("labels")
+        if labels is not None and (labels.dtype != torch.int64 or labels.shape != (batch,)):
+            raise ObservationError(
+                f"{path}: 'labels' is {labels.dtype} {tuple(labels.shape)}, expected torch.int64 ({batch},)"
+            )
+        observation = Observation(
+            update=parts["update"],
+            weights=parts["weights"],
+            buffers=parts["buffers"],
+            image_shape=(colours, height, width),
+            batch=batch,
+            protocol=protocol,
+            labels=labels,
+            model=model,
+        )
+        check_update(observation.update, where=str(path))
+        return observation
+
+    def check_fits(self, client: FedSGD, *, where: str = "observation") -> None:
+        """Raise :class:`~gradleak.errors.ObservationError` unless the update has exactly the client's parameters."""
+        expected = {name: w.shape for name, w in client.weights.items()}
+        check_state(self.update, expected, where=where, error=ObservationError)
+        if self.weights:
+            check_state(self.weights, expected, where=f"{where} (weights)", error=ObservationError)
+
+
+def check_update(update: Update, *, where: str) -> None:
+    """Raise :class:`~gradleak.errors.ObservationError` for an empty, non-finite or all-zero update."""
+    if not update:
+        raise ObservationError(f"{where}: no update in it; expected tensors named update/PARAMETER")
+    for name, tensor in update.items():
+        if not tensor.is_floating_point():
+            raise ObservationError(f"{where}: {name!r} is {tensor.dtype}, expected floating point")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ObservationError(f"{where}: {name!r} has NaN or infinite entries; was the client's loss finite?")
+    if all(not bool(t.any()) for t in update.values()):
+        raise ObservationError(f"{where}: every entry of the update is zero: there is nothing to invert")
+
+
+def _json(path: Path, text: str, error: type[Exception]) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as fault:
+        raise error(f"{path}: the header is not valid JSON: {fault}") from None

@@ -1,0 +1,229 @@
+"""Pictures and curves: tensors to PNG, the grid of truth above reconstruction, and SVG curves that follow the page's colours."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from gradleak.errors import OutputError
+
+MAX_POINTS = 600
+MAX_GRID_WIDTH = 1600
+
+# Drawn with these, then replaced by the page's own variables, so that a curve changes with the page's colour scheme.
+_PAGE_COLOURS = {
+    "#010101": "var(--ink)",
+    "#020202": "var(--line)",
+    "#030303": "var(--accent)",
+    "#040404": "var(--muted)",
+}
+_INK, _LINE, _ACCENT, _MUTED = _PAGE_COLOURS
+
+
+def picture(image: Tensor, *, longest: int | None = None) -> Image.Image:
+    """An image to look at: C x H x W, clamped to [0, 1], as 8 bits.
+
+    Three channels or more show the first three as red, green and blue; one or two show the first as grey.
+    Values that are not finite show as black.
+
+    Args:
+        image: C x H x W.
+        longest: Shrink (area average) so that neither side exceeds this many pixels.
+    """
+    pixels = image.detach().float().cpu().nan_to_num(0.0, 0.0, 0.0).clamp(0, 1).mul(255).round().byte().numpy()
+    shown = Image.fromarray(np.ascontiguousarray(pixels[:3].transpose(1, 2, 0)) if len(pixels) >= 3 else pixels[0])
+    if longest is not None and max(shown.size) > longest:
+        factor = longest / max(shown.size)
+        size = (max(1, round(shown.width * factor)), max(1, round(shown.height * factor)))
+        shown = shown.resize(size, Image.Resampling.BOX)
+    return shown
+
+
+def png_data_uri(image: Image.Image) -> str:
+    """``data:image/png;base64,...`` of an image, at its own size."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def grid_png(path: Path, truth: Tensor | None, reconstruction: Tensor, *, captions: Sequence[str] = ()) -> None:
+    """A PNG with rows of true images above rows of their reconstructions (as in CI-Net, Fig. 10).
+
+    Small images are enlarged by whole factors (nearest neighbour), large ones shrunk to 256 pixels; the grid is at most
+    1600 pixels wide and breaks into as many pairs of rows as it needs.
+
+    Args:
+        path: Where to write; replaced atomically.
+        truth: B x C x H x W in [0, 1], or ``None`` to show reconstructions alone.
+        reconstruction: B x C x H x W, image i belonging to true image i.
+        captions: One text per image, lines separated by ``\\n``; cut where it is wider than its image.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    rows = [("rebuilt", reconstruction)] if truth is None else [("truth", truth), ("rebuilt", reconstruction)]
+    batch, _, height, width = reconstruction.shape
+    cell_width, cell_height = _cell(width, height)
+    gap, margin, font = 4, 12, _font(13)
+    left = margin + max(math.ceil(font.getlength(name)) for name, _ in rows) + 10
+    line = 17
+    caption = line * max((text.count("\n") + 1 for text in captions), default=0)
+
+    per_row = max(1, (MAX_GRID_WIDTH - left - margin + gap) // (cell_width + gap))
+    bands = math.ceil(batch / per_row)
+    columns = math.ceil(batch / bands)
+    band = len(rows) * (cell_height + gap) + caption + 10
+    canvas = Image.new(
+        "RGB", (left + columns * (cell_width + gap) - gap + margin, 2 * margin + bands * band - 10), "white"
+    )
+    draw = ImageDraw.Draw(canvas)
+
+    for i in range(batch):
+        x = left + (i % columns) * (cell_width + gap)
+        y = margin + (i // columns) * band
+        for name, images in rows:
+            if i % columns == 0:
+                draw.text((left - 10, y + cell_height // 2), name, fill="#555555", font=font, anchor="rm")
+            shown = picture(images[i], longest=max(cell_width, cell_height))
+            canvas.paste(shown.resize((cell_width, cell_height), Image.Resampling.NEAREST), (x, y))
+            y += cell_height + gap
+        for text in captions[i].split("\n") if i < len(captions) else ():
+            draw.text((x, y), _cut(text, font, cell_width), fill="#222222", font=font)
+            y += line
+
+    buffer = io.BytesIO()
+    canvas.save(buffer, format="PNG", optimize=True)
+    write_atomically(path, buffer.getvalue())
+
+
+def curve_svg(
+    rounds: Sequence[float], values: Sequence[float], *, label: str, log: bool = False, top: float | None = None
+) -> str:
+    """A quantity over rounds as an SVG element without colours, fonts or identifiers of its own, ``""`` if there is none.
+
+    It is drawn in the page's CSS variables ``--ink``, ``--line``, ``--accent`` and ``--muted``, and is the same text
+    for the same numbers. More than 600 points are thinned evenly; the first and last stay.
+
+    Args:
+        rounds: Positions, ascending.
+        values: One per round; those that are not finite (or, with ``log``, not positive) are left out.
+        label: What it shows, for people who do not see it, and the prefix of identifiers inside.
+        log: Logarithmic vertical axis.
+        top: Upper end of the vertical axis (1 for SSIM), which then starts at 0 at the latest.
+    """
+    points = [(r, v) for r, v in zip(rounds, values, strict=True) if math.isfinite(v) and (v > 0 or not log)]
+    if not points:
+        return ""
+    kept = np.unique(np.linspace(0, len(points) - 1, MAX_POINTS).round().astype(int))
+    x, y = zip(*(points[i] for i in kept), strict=True)
+
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": label,
+        "font.size": 9,
+        "axes.edgecolor": _MUTED,
+        "axes.labelcolor": _MUTED,
+        "xtick.color": _MUTED,
+        "ytick.color": _MUTED,
+        "grid.color": _LINE,
+    }
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the user's own style must not change the report
+        matplotlib.rcParams.update(style)
+        figure = Figure(figsize=(3.75, 2.4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(x, y, color=_ACCENT, linewidth=1.5, marker="o" if len(x) < 20 else "", markersize=3)
+        _plain(axes, log=log, top=top, lowest=min(y))
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(buffer.getvalue(), label)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content``: a reader sees the old file or the new one, never half of one.
+
+    Raises:
+        OutputError: The folder does not exist or cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another output folder") from error
+
+
+def _plain(axes: Axes, *, log: bool, top: float | None, lowest: float) -> None:
+    """Two axis lines, a faint grid, few ticks, plain numbers."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, axis="y", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("round")
+    axes.margins(x=0.02)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(NullLocator())
+        low, high = axes.get_ylim()
+        narrow = high / low < 100  # ticks at powers of ten alone would then be one or none
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,), numticks=7))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value, plain=narrow and low > 0.001)))
+    elif top is not None:
+        axes.set_ylim(min(0.0, lowest), top)
+
+
+def _power(value: float, *, plain: bool) -> str:
+    """0.02 if plain, else 2·10⁻²."""
+    if plain:
+        return f"{value:g}"
+    digits, exponent = f"{value:.0e}".split("e")
+    power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return power if digits == "1" else f"{digits}·{power}"
+
+
+def _inline(svg: str, label: str) -> str:
+    """Matplotlib's SVG file as an element of an HTML page: no prologue, no metadata, unique identifiers, page colours."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
+    prefix = re.sub(r"\W+", "-", label.lower())
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
+    for drawn, variable in _PAGE_COLOURS.items():
+        svg = svg.replace(drawn, variable)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label} over rounds"', 1).strip()
+
+
+def _cell(width: int, height: int) -> tuple[int, int]:
+    """Size at which an image of this size is shown in the grid."""
+    longest = max(width, height)
+    if longest > 256:
+        return max(1, round(width * 256 / longest)), max(1, round(height * 256 / longest))
+    factor = max(1, round(112 / longest))
+    return width * factor, height * factor
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

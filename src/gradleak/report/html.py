@@ -1,0 +1,286 @@
+"""One self-contained HTML page about a run: pictures first, numbers after, nothing loaded from anywhere."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment
+from markupsafe import Markup
+from torch import Tensor
+
+from gradleak.observation import Truth
+from gradleak.report.figures import curve_svg, grid_png, picture, png_data_uri, write_atomically
+
+MAX_PIXELS = 8_000_000
+MAX_PICTURES = 256
+OPEN_PICTURES = 30
+STRIPS = 4
+FRAMES = 8
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What a report shows.
+
+    Attributes:
+        result: What result.json holds; every key is optional.
+        images: B x C x H x W reconstructions, clamped to [0, 1] for display.
+        truth: The private batch, or ``None`` when there is none: then reconstructions are shown alone, without metrics.
+        snapshots: S x B x C x H x W intermediate reconstructions, in the order of ``images``.
+        history: Rows with ``round``, ``loss``, ``learning_rate`` and ``seconds``.
+        quality: ``{"round": [...], "psnr": [...], "ssim": [...]}``, one entry per snapshot; empty without truth.
+    """
+
+    result: dict[str, Any]
+    images: Tensor
+    truth: Truth | None
+    snapshots: Tensor | None
+    history: list[dict[str, float]]
+    quality: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class _Metric:
+    key: str
+    name: str
+    digits: int
+    unit: str
+    better: str
+    meaning: str
+
+
+_METRICS = (
+    _Metric("ssim", "SSIM", 3, "", "1 is identical", "structural similarity: do edges and textures agree, from 0 to 1"),
+    _Metric("psnr", "PSNR", 1, " dB", "higher is closer", "mean squared error of pixels on a decibel scale"),
+    _Metric("fsim", "FSIM", 3, "", "1 is identical", "do the features that the eye notices first agree, from 0 to 1"),
+    _Metric(
+        "lpips", "LPIPS", 3, "", "lower is closer", "distance in the features of a VGG-16 network, near human judgement"
+    ),
+)
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """True image ``index`` and its reconstruction, ready for the template."""
+
+    index: int
+    name: str
+    label: int | None
+    truth: Tensor | None
+    rebuilt: Tensor
+    values: dict[str, float | None]
+
+
+def render(data: ReportData) -> str:
+    """The report as HTML text: the same text for the same data, everything in it, all foreign text escaped."""
+    pictures = _best_first(data)
+    measured = [m for m in _METRICS if any(p.values[m.key] is not None for p in pictures)]
+    height, width = data.images.shape[-2:]
+    shown = pictures[: max(4, min(MAX_PICTURES, MAX_PIXELS // (height * width)))]
+    page = _environment().from_string(resources.files(__package__).joinpath("template.html").read_text("utf-8"))
+    return page.render(
+        result=data.result,
+        has_truth=data.truth is not None,
+        shape="×".join(str(n) for n in data.images.shape[1:]),
+        pictures=pictures,
+        shown=shown,
+        opened=OPEN_PICTURES,
+        small=max(height, width) <= 128,
+        width=width,
+        height=height,
+        measured=measured,
+        tiles=_tiles(data, measured),
+        strips=_strips(data, pictures) if data.snapshots is not None else [],
+        curves=_curves(data),
+        comparison=_comparison(data.result, measured) if data.truth is not None else [],
+        run=_run(data.result),
+        versions=_flat(data.result.get("versions") or {}),
+    )
+
+
+def write_report(folder: Path, data: ReportData) -> None:
+    """Write ``report.html`` and ``grid.png`` into a folder, each replaced atomically; best images first in both.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    pictures = _best_first(data)[:MAX_PICTURES]
+    order = [p.index for p in pictures]
+    captions = [p.name if p.values["ssim"] is None else f"{p.name}\nSSIM {p.values['ssim']:.3f}" for p in pictures]
+    truth = None if data.truth is None else data.truth.images[order]
+    rebuilt = data.images[[_assignment(data)[i] for i in order]]
+    grid_png(folder / "grid.png", truth, rebuilt, captions=captions)
+    write_atomically(folder / "report.html", render(data).encode("utf-8"))
+
+
+def _assignment(data: ReportData) -> list[int]:
+    """Index of the reconstruction of every true image; without truth every reconstruction stands for itself."""
+    if data.truth is None:
+        return list(range(len(data.images)))
+    return data.result.get("assignment") or list(range(len(data.truth.images)))
+
+
+def _best_first(data: ReportData) -> list[_Picture]:
+    """All pairs by falling SSIM; those without one come last, in the batch's order."""
+    per_image = (data.result.get("per_image") or {}) if data.truth is not None else {}
+    pictures = []
+    for i, j in enumerate(_assignment(data)):
+        values = {m.key: _finite(per_image[m.key][i]) if per_image.get(m.key) else None for m in _METRICS}
+        if data.truth is None:
+            pictures.append(_Picture(i, f"image {i}", None, None, data.images[j], values))
+        else:
+            name = " ".join(data.truth.names[i].split()) if i < len(data.truth.names) else f"image {i}"
+            label = int(data.truth.labels[i])
+            pictures.append(_Picture(i, name, label, data.truth.images[i], data.images[j], values))
+    return sorted(pictures, key=lambda p: -math.inf if p.values["ssim"] is None else p.values["ssim"], reverse=True)
+
+
+def _tiles(data: ReportData, measured: list[_Metric]) -> list[dict[str, str]]:
+    """The key figures: name, value, and what the value means."""
+    result, tiles = data.result, []
+    if data.truth is not None:
+        metrics, notes = result.get("metrics") or {}, result.get("notes") or {}
+        for m in _METRICS:
+            row = metrics.get(m.key) or {}
+            if m.key != "fsim" and (m in measured or m.key in notes):
+                note = m.better if m in measured else str(notes[m.key])
+                tiles.append(
+                    {"name": f"mean {m.name}", "value": _number(row.get("mean"), m.digits, m.unit), "note": note}
+                )
+        worst = (metrics.get("ssim") or {}).get("worst")
+        if _finite(worst) is not None:
+            tiles.append({"name": "worst SSIM", "value": _number(worst, 3), "note": "of all images"})
+    elif _finite(result.get("matching_loss")) is not None:
+        tiles.append({"name": "matching loss", "value": _plain(result["matching_loss"]), "note": "0 fits the update"})
+    cost = result.get("cost") or {}
+    if cost.get("rounds") is not None:
+        tiles.append({"name": "rounds", "value": f"{cost['rounds']:,}", "note": "of optimisation"})
+    if cost.get("seconds") is not None:
+        tiles.append({"name": "time", "value": _duration(cost["seconds"]), "note": str(result.get("device") or "")})
+    return tiles
+
+
+def _strips(data: ReportData, pictures: list[_Picture]) -> list[dict[str, Any]]:
+    """For the best few images: at most eight snapshots from first to last, evenly chosen, each with its round."""
+    assert data.snapshots is not None
+    count = len(data.snapshots)
+    if count == 0:
+        return []
+    rounds = data.quality.get("round") or []
+    numbered = len(rounds) == count
+    chosen = np.unique(np.linspace(0, count - 1, FRAMES).round().astype(int)).tolist()
+    assignment = _assignment(data)
+    return [
+        {
+            "picture": p,
+            "numbered": numbered,
+            "frames": [
+                {
+                    "image": data.snapshots[s, assignment[p.index]],
+                    "when": f"{int(rounds[s]):,}" if numbered else f"{s + 1} of {count}",
+                }
+                for s in chosen
+            ],
+        }
+        for p in pictures[:STRIPS]
+    ]
+
+
+def _curves(data: ReportData) -> list[dict[str, Any]]:
+    rounds, losses = [row["round"] for row in data.history], [row["loss"] for row in data.history]
+    drawn = [
+        (
+            "Matching loss",
+            "logarithmic; lower fits the update better",
+            curve_svg(rounds, losses, label="Matching loss", log=True),
+        )
+    ]
+    for key, title, note, top in (
+        ("ssim", "Mean SSIM", "1 is identical", 1.0),
+        ("psnr", "Mean PSNR", "dB; higher is closer", None),
+    ):
+        if data.truth is not None and data.quality.get(key):
+            drawn.append((title, note, curve_svg(data.quality["round"], data.quality[key], label=title, top=top)))
+    # Markup: these are our own strokes and numbers, no text of the user's is in them.
+    return [{"title": title, "note": note, "svg": Markup(svg)} for title, note, svg in drawn if svg]
+
+
+def _comparison(result: dict[str, Any], measured: list[_Metric]) -> list[tuple[str, list[str]]]:
+    """Mean metrics of this attack, of the same under many-to-one scoring, and of the controls; empty if it stands alone."""
+    rows = {"this attack": result.get("metrics") or {}}
+    if result.get("many_to_one"):
+        rows["this attack, many-to-one"] = result["many_to_one"]
+    rows |= {f"control: {name}": row for name, row in (result.get("controls") or {}).items()}
+
+    def mean(entry: Any) -> Any:
+        return entry.get("mean") if isinstance(entry, dict) else entry
+
+    if len(rows) == 1:
+        return []
+    return [(name, [_number(mean(row.get(m.key)), m.digits) for m in measured]) for name, row in rows.items()]
+
+
+def _run(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Settings and circumstances as rows of name and value."""
+    cost, labels = result.get("cost") or {}, result.get("labels") or {}
+    rows = [(f"attack.{key}" if key != "name" else "attack", value) for key, value in _flat(result.get("attack") or {})]
+    for name, value in (
+        ("seed", result.get("seed")),
+        ("device", result.get("device")),
+        ("stopped", result.get("stopped")),
+        ("matching loss", None if result.get("matching_loss") is None else _plain(result["matching_loss"])),
+        ("labels by", labels.get("rule")),
+        ("labels right", None if labels.get("accuracy") is None else f"{100 * labels['accuracy']:.4g} %"),
+        ("time per round", None if cost.get("seconds_per_round") is None else _duration(cost["seconds_per_round"])),
+        ("peak memory", None if cost.get("peak_memory_mb") is None else f"{cost['peak_memory_mb']:,.0f} MB"),
+    ):
+        if value is not None:
+            rows.append((name, str(value)))
+    return rows
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in table.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", _plain(value)))
+    return rows
+
+
+def _finite(value: Any) -> float | None:
+    """A number to show, or ``None`` for what was not measured (``None``, NaN)."""
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def _number(value: Any, digits: int, unit: str = "") -> str:
+    value = _finite(value)
+    if value is None:
+        return "–"
+    return "∞" if math.isinf(value) else f"{value:.{digits}f}{unit}"
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+
+
+def _environment() -> Environment:
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = _number
+    environment.filters["plain"] = _plain
+    environment.filters["uri"] = lambda image, longest=512: png_data_uri(picture(image, longest=longest))
+    return environment

@@ -1,0 +1,461 @@
+"""The main job: simulate a client, attack what it sends, evaluate, and leave a run folder that a person can read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradleak import data, models
+from gradleak.attacks import Attack, attack
+from gradleak.client import FedSGD, operator, simulate
+from gradleak.errors import ModelError, OutputError, SpecError
+from gradleak.evaluate import Evaluation, evaluate, mean_image_control, quality_over_rounds, verdict
+from gradleak.files import write_atomically
+from gradleak.invert import Reconstruction, invert, noise_update
+from gradleak.labels import recover
+from gradleak.observation import Observation, Truth
+from gradleak.report import ReportData, write_report
+from gradleak.spec import RunSpec, dump, override
+from gradleak.tensors import read_tensors, write_tensors
+from gradleak.threat import LETTERS, check_granted, letter
+
+RESULT, RECONSTRUCTION, SPEC, LOG = "result.json", "reconstruction.safetensors", "spec.toml", "log.jsonl"
+RUN_FILES = (RESULT, RECONSTRUCTION, SPEC, LOG, "report.html", "grid.png")
+
+
+@dataclasses.dataclass(frozen=True)
+class Client:
+    """A simulated client: its private batch, F, the operator A, and what the server holds."""
+
+    truth: Truth
+    model: nn.Module
+    operator: FedSGD
+    observation: Observation
+
+
+def simulate_client(spec: RunSpec) -> Client:
+    """The client that a specification describes, after it sent its update."""
+    truth = data.load(spec.data)
+    channels, height, width = truth.images.shape[1:]
+    model = models.build(spec.model, image_shape=(channels, height, width))
+    client = FedSGD(model, loss=spec.client.loss, mode=spec.client.mode)
+    # a file or module named by a user is not rebuilt from an update file: that would run what the file names
+    built_in = None if ":" in spec.model.name else spec.model
+    granted = spec.labels.rule == "known"
+    observation = simulate(client, truth, grant_labels=granted, model=built_in)
+    return Client(truth, model, client, observation)
+
+
+def audit(spec: RunSpec, out: Path, *, force: bool = False, progress: bool = True, command: str = "") -> dict[str, Any]:
+    """Simulate, attack, evaluate, report.
+
+    Args:
+        spec: What to run.
+        out: The run folder; must be empty or absent unless ``force``.
+        force: Overwrite an earlier run's files.
+        progress: Show progress on standard error.
+        command: How a reader of the report can repeat the run.
+
+    Returns:
+        The content of ``result.json``.
+    """
+    recipe, device = prepare(spec)
+    prepare_folder(out, force=force)
+    client = simulate_client(spec)
+    reconstruction = attack_observation(client.observation, client.model, recipe, spec, device, progress=progress)
+    controls = {}
+    if spec.evaluate.controls:
+        noise = noise_update(client.observation, seed=spec.seed)
+        rebuilt = attack_observation(noise, client.model, recipe, spec, device, progress=progress)
+        controls = {
+            "random-noise gradient": evaluate(rebuilt.images, client.truth, lpips=spec.evaluate.lpips).summary,
+            "mean image": mean_image_control(client.truth, lpips=spec.evaluate.lpips).summary,
+        }
+    result = describe(spec, recipe, client.observation, client.operator, reconstruction, device, command=command)
+    result |= {"controls": controls} if controls else {}
+    text = dump(resolve(spec, recipe))
+    return write_run(out, result, reconstruction, spec_text=text, truth=client.truth, lpips=spec.evaluate.lpips)
+
+
+def invert_observation(
+    observation: Observation,
+    spec: RunSpec,
+    out: Path,
+    *,
+    where: str,
+    force: bool = False,
+    progress: bool = True,
+    command: str = "",
+) -> dict[str, Any]:
+    """Attack a saved update. There is no truth: the report shows the reconstruction and says that its quality is unknown.
+
+    Args:
+        observation: What the server holds.
+        spec: ``model``, ``attack``, ``labels``, ``seed`` and ``device`` are used.
+        out: The run folder.
+        where: What an error message calls the observation, its file name.
+    """
+    recipe, device = prepare(spec)
+    prepare_folder(out, force=force)
+    model = models.build(spec.model, image_shape=observation.image_shape)
+    client = operator(observation, model, where=where)
+    reconstruction = attack_observation(observation, model, recipe, spec, device, progress=progress, where=where)
+    result = describe(spec, recipe, observation, client, reconstruction, device, command=command)
+    text = f"# gradleak invert {where}\n" + dump(resolve(spec, recipe), leave_out={"data", "client", "evaluate"})
+    return write_run(out, result, reconstruction, spec_text=text)
+
+
+def evaluate_run(folder: Path, truth: Truth, *, lpips: str = "auto") -> dict[str, Any]:
+    """Score the reconstruction of a run folder against the truth and write its report anew.
+
+    Raises:
+        OutputError: The folder is not a run folder.
+        DataError: The truth has another number or shape of images.
+    """
+    for name in (RESULT, RECONSTRUCTION):
+        if not (folder / name).is_file():
+            raise OutputError(f"{folder}: no {name} in it; expected a folder written by `gradleak invert` or `audit`")
+    try:
+        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        lines = (folder / LOG).read_text(encoding="utf-8").splitlines() if (folder / LOG).is_file() else []
+        history = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise OutputError(f"{folder}: {RESULT} or {LOG} is damaged: {error}") from None
+    tensors, _ = read_tensors(folder / RECONSTRUCTION, error=OutputError)
+    snapshots = tensors.get("snapshots", torch.empty(0))
+    return _finish(
+        folder,
+        result,
+        images=tensors["images"],
+        labels=tensors["labels"],
+        snapshots=snapshots,
+        snapshot_rounds=tensors.get("snapshot_rounds", torch.empty(0)).tolist(),
+        history=history,
+        truth=truth,
+        lpips=lpips,
+    )
+
+
+def attack_observation(
+    observation: Observation,
+    model: nn.Module,
+    recipe: Attack,
+    spec: RunSpec,
+    device: torch.device,
+    *,
+    progress: bool,
+    where: str = "observation",
+) -> Reconstruction:
+    """Recover the labels by the specification's rule and run the attack. The truth is not an argument."""
+    check_granted(str(spec.attack["name"]), recipe, observation)
+    client = operator(observation, model, where=where).to(device)
+    labels = recover(spec.labels.rule, observation, client)
+    return invert(observation, recipe, client=client, labels=labels, seed=spec.seed, progress=progress)
+
+
+def prepare(spec: RunSpec) -> tuple[Attack, torch.device]:
+    """The recipe and the device of a specification; sets the number of CPU threads."""
+    settings = {key: value for key, value in spec.attack.items() if key != "name"}
+    recipe = attack(str(spec.attack["name"]), **settings)
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    return recipe, choose_device(spec.device)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` (CUDA if there is one, else CPU), ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+
+    Raises:
+        SpecError: The device is not there; says which are.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    there += ["mps"] if torch.backends.mps.is_available() else []
+    wanted = "cuda:0" if name == "cuda" else name
+    if wanted not in there:
+        raise SpecError(f"device: {name!r} is not on this machine; available: {', '.join(there)}")
+    return torch.device(wanted)
+
+
+def prepare_folder(out: Path, *, force: bool = False) -> None:
+    """Create a private run folder (0700). An earlier run's files are removed only with ``force``; nothing else ever is.
+
+    Raises:
+        OutputError: Not a folder, not empty, or not writable.
+    """
+    try:
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{out}: exists and is not a folder; choose another --out")
+        if out.is_dir() and any(out.iterdir()):
+            if not force:
+                raise OutputError(f"{out}: the folder is not empty; choose another --out, or overwrite it with --force")
+            for name in RUN_FILES:
+                (out / name).unlink(missing_ok=True)
+        out.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise OutputError(f"{out}: the folder is not writable")
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be used as the output folder: {error.strerror or error}") from None
+
+
+def resolve(spec: RunSpec, recipe: Attack) -> RunSpec:
+    """The specification with every setting of the attack written out."""
+    return spec.model_copy(update={"attack": {"name": spec.attack["name"], **dataclasses.asdict(recipe)}})
+
+
+def describe(
+    spec: RunSpec,
+    recipe: Attack,
+    observation: Observation,
+    client: FedSGD,
+    reconstruction: Reconstruction,
+    device: torch.device,
+    *,
+    command: str = "",
+) -> dict[str, Any]:
+    """What result.json says of a run without its truth."""
+    return {
+        "attack": {"name": spec.attack["name"], **dataclasses.asdict(recipe), **reconstruction.notes},
+        "matching_loss": reconstruction.matching_loss,
+        "best_round": reconstruction.best_round,
+        "stopped": reconstruction.stopped,
+        "assumptions": assumptions(spec, observation, client, reconstruction),
+        "labels": {"rule": reconstruction.labels.rule, "values": reconstruction.labels.values.tolist(), "accuracy": None},
+        "cost": {
+            "rounds": reconstruction.rounds,
+            "seconds": round(reconstruction.seconds, 3),
+            "seconds_per_round": round(reconstruction.seconds / reconstruction.rounds, 5),
+            "peak_memory_mb": round(reconstruction.peak_memory_mb, 1),
+        },
+        "advice": advice(observation, client),
+        "warnings": [],
+        "seed": spec.seed,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "command": command,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+    }
+
+
+def assumptions(
+    spec: RunSpec, observation: Observation, client: FedSGD, reconstruction: Reconstruction
+) -> list[dict[str, str]]:
+    """The assumptions box (SPEC section 7, point 4): what the attacker was granted, and what F and the batch were."""
+    key = letter(observation)
+    unknowns = observation.batch * observation.image_shape[0] * observation.image_shape[1] * observation.image_shape[2]
+    counts = torch.bincount(reconstruction.labels.values)
+    repeats = int((counts - 1).clamp_min(0).sum())
+    rule = reconstruction.labels.rule
+    kinds = sorted({type(m).__name__ for m in client.model.modules() if type(m).__module__.endswith(".activation")})
+    coupled = client.has_batch_statistics
+    rows = [
+        ("Threat model", f"{key}: {LETTERS[key]}", "letters of Carletti et al., SoK, USENIX Security 2025"),
+        ("Model and weights", "known to the server", "in federated learning the server sent them"),
+        ("Labels", "granted" if rule == "known" else f"recovered from the update, rule {rule!r}", "order does not matter"),
+        ("Repeated labels", f"{repeats} of {observation.batch} images share a class with another", "they mix with each other"),
+        ("Batch size", str(observation.batch), "known to the server"),
+        ("Client", "FedSGD: one gradient of one batch", f"loss: {observation.protocol.loss}"),
+        (
+            "Mode",
+            observation.protocol.mode,
+            "batch norm uses the batch's own statistics: images are coupled, and the update hardly depends on their overall "
+            "brightness and contrast"
+            if coupled
+            else "images are not coupled through batch statistics",
+        ),
+        ("Activations of F", ", ".join(kinds) or "none as modules", "attacks of this kind are far stronger on smooth ones"),
+        (
+            "Weights",
+            "from a file" if spec.model.weights is not None else f"random initialisation, seed {spec.model.seed}",
+            "a trained model can leak differently",
+        ),
+        (
+            "Counting",
+            f"P(F) = {client.parameters:,} equations for B*C*H*W = {unknowns:,} unknowns",
+            "fewer equations than unknowns: inputs cannot be unique"
+            if client.parameters < unknowns
+            else "enough equations for a unique answer; not a guarantee of one",
+        ),
+        ("Defences", "none", "the update is sent as it is"),
+    ]
+    if client.has_dropout:
+        rows.append(("Dropout", "switched off in the client", "the server could not know its masks"))
+    return [{"name": name, "value": value, "why": why} for name, value, why in rows]
+
+
+def advice(observation: Observation, client: FedSGD) -> list[dict[str, str]]:
+    """What would lower the leak, most effective first."""
+    rows = [
+        (
+            "Never let the server see one client's update alone",
+            "Secure aggregation hides it in the sum of many. Averaging by itself is no protection: the sum is the gradient of "
+            "one large batch, and only its size protects.",
+        ),
+        (
+            "Clip and add noise (DP-SGD)",
+            "Per-sample clipping with Gaussian noise bounds what any one image can contribute; state the epsilon, and audit "
+            "again with the noise in place.",
+        ),
+        (
+            "Send less often, after more local work",
+            f"This update holds {observation.batch} image{'s' if observation.batch > 1 else ''} and one step. Larger batches "
+            "and several local steps give the attacker more unknowns and a harder problem.",
+        ),
+        (
+            "Send fewer layers",
+            f"The update has {client.parameters:,} numbers. Frozen or personal layers that are never sent take equations away.",
+        ),
+    ]
+    if observation.labels is not None:
+        rows.append(
+            (
+                "Do not count on hidden labels",
+                "This run granted them. They can usually be recovered from the last layer's gradient: try labels.rule=auto.",
+            )
+        )
+    return [{"title": title, "text": text} for title, text in rows]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run depends on."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("gradleak", "torchvision", "piq", "lpips", "scipy", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def write_run(
+    folder: Path,
+    result: dict[str, Any],
+    reconstruction: Reconstruction,
+    *,
+    spec_text: str,
+    truth: Truth | None = None,
+    lpips: str = "auto",
+) -> dict[str, Any]:
+    """Write a run folder: spec.toml, log.jsonl, reconstruction.safetensors, then what the evaluation adds."""
+    labels = reconstruction.labels.values
+    tensors = {"images": reconstruction.images, "labels": labels}
+    if reconstruction.snapshot_rounds:
+        tensors["snapshots"] = reconstruction.snapshots
+        tensors["snapshot_rounds"] = torch.tensor(reconstruction.snapshot_rounds)
+    write_atomically(folder / SPEC, spec_text)
+    write_atomically(folder / LOG, "".join(json.dumps(row) + "\n" for row in reconstruction.history))
+    write_tensors(folder / RECONSTRUCTION, tensors, {"format": "gradleak-reconstruction", "version": "1"})
+    return _finish(
+        folder,
+        result,
+        images=reconstruction.images,
+        labels=labels,
+        snapshots=reconstruction.snapshots,
+        snapshot_rounds=reconstruction.snapshot_rounds,
+        history=reconstruction.history,
+        truth=truth,
+        lpips=lpips,
+    )
+
+
+def _finish(
+    folder: Path,
+    result: dict[str, Any],
+    *,
+    images: Tensor,
+    labels: Tensor,
+    snapshots: Tensor,
+    snapshot_rounds: Sequence[float],
+    history: list[dict[str, float]],
+    truth: Truth | None,
+    lpips: str,
+) -> dict[str, Any]:
+    """result.json, report.html and grid.png, with scores where there is a truth."""
+    frames = snapshots.float() / 255 if len(snapshots) else None
+    quality: dict[str, list[Any]] = {}
+    if truth is None:
+        result["verdict"] = (
+            "No truth was given, so how close these images are to the client's is unknown: look at them, or score them with "
+            "`gradleak evaluate`."
+        )
+    else:
+        evaluation = evaluate(images, truth, labels=labels, lpips=lpips)
+        result |= scores(evaluation)
+        result["labels"]["accuracy"] = label_accuracy(labels, truth.labels)
+        if frames is not None:
+            quality = {"round": list(snapshot_rounds), **quality_over_rounds(frames, truth)}
+            result["quality"] = quality
+    write_report(
+        folder,
+        ReportData(result=result, images=images, truth=truth, snapshots=frames, history=history, quality=quality),
+    )
+    write_atomically(folder / RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    return result
+
+
+def scores(evaluation: Evaluation) -> dict[str, Any]:
+    """An evaluation as result.json holds it."""
+    table = evaluation.to_dict()
+    return {
+        "verdict": verdict(evaluation),
+        "metrics": table["summary"],
+        "per_image": table["per_image"],
+        "assignment": table["assignment"],
+        "many_to_one": table["many_to_one"],
+        "notes": table["notes"],
+    }
+
+
+def label_accuracy(recovered: Tensor, truth: Tensor) -> float:
+    """Share of the batch's labels that were recovered, as multisets: the sum over classes of the smaller count, over B."""
+    classes = int(max(recovered.max(), truth.max())) + 1
+    found, there = torch.bincount(recovered, minlength=classes), torch.bincount(truth, minlength=classes)
+    return float(torch.minimum(found, there).sum() / len(truth))
+
+
+def spec_for(observation: Observation, *, model: str | None, overrides: list[str], where: str) -> RunSpec:
+    """The specification of an attack on a saved update: its own model unless another is named, labels known if granted.
+
+    Args:
+        observation: What the server holds.
+        model: Name of the model, or None for the built-in one that the observation describes.
+        overrides: ``key=value``, as for :func:`gradleak.spec.load`.
+        where: What an error message calls the observation.
+
+    Raises:
+        ModelError: The observation does not say which model it came from, and none was named.
+    """
+    described = {} if observation.model is None else observation.model.model_dump(exclude_none=True)
+    named = any(o.partition("=")[0].strip() == "model.name" for o in overrides)
+    if model is None and not named and observation.model is None:
+        raise ModelError(
+            f"{where}: it does not say which model it came from; name it with --model, for example --model models.py:build"
+        )
+    if model is not None:
+        described = {**(described if described.get("name") == model else {}), "name": model}
+    rule = "known" if observation.labels is not None else "auto"
+    return override({"model": described, "labels": {"rule": rule}}, overrides)
+
+
+def prepare_file(path: Path, *, force: bool = False) -> None:
+    """Raise :class:`~gradleak.errors.OutputError` unless ``path`` can be written; creates its folder (0700) if needed."""
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder, expected the name of a file to write")
+    if path.exists() and not force:
+        raise OutputError(f"{path}: exists; choose another name, or overwrite it with --force")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path.parent}: cannot be created: {error.strerror or error}") from None

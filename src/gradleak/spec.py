@@ -1,0 +1,203 @@
+"""A run's specification: validated, frozen, and the same in TOML, ``--set key=value`` and Python."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from gradleak.errors import SpecError, nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MAX_SPEC_BYTES = 1_000_000
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class DataSpec(_Table):
+    """The client's private batch: images ``start .. start + batch - 1`` of a source."""
+
+    source: str = Field("sample", description="sample | cifar10 | cifar100 | folder:PATH | npz:PATH")
+    batch: int = Field(8, ge=1, description="B, number of images")
+    start: int = Field(0, ge=0, description="index of the first image")
+    size: int | None = Field(None, ge=8, le=1024, description="pixels; images are centre-cropped and resized to it")
+    root: Path | None = Field(None, description="where cifar10/cifar100 lie (default: the user's cache folder)")
+    download: bool = Field(False, description="allow torchvision to download cifar10/cifar100")
+
+
+class ModelSpec(_Table):
+    """The attacked model F and its weights W."""
+
+    name: str = Field(
+        "resnet18-cifar", description="a built-in name, torchvision/NAME, file.py:function, module:function"
+    )
+    width: int | None = Field(None, ge=1, description="base width of the CIFAR networks (resnet18-cifar: 64)")
+    num_classes: int | None = Field(None, ge=2, description="default: the model's own (10, or torchvision's 1000)")
+    activation: Literal["model", "sigmoid", "relu", "tanh", "leaky_relu", "gelu", "silu"] = Field(
+        "model", description="replace every activation of the model; 'model' leaves them"
+    )
+    weights: Path | None = Field(None, description="safetensors file with W; default: random initialisation")
+    seed: int = Field(0, ge=0, description="seed of the random initialisation")
+    mean: list[float] | None = Field(None, description="channel means that the model subtracts from images in [0, 1]")
+    std: list[float] | None = Field(None, description="channel deviations that the model divides by")
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, std: list[float] | None) -> list[float] | None:
+        if std is not None and any(s <= 0 for s in std):
+            raise ValueError("standard deviations must be positive")
+        return std
+
+
+class ClientSpec(_Table):
+    """What the client does with its batch: one step of FedSGD, ``g = grad_W L(F(x), y)``."""
+
+    protocol: Literal["fedsgd"] = Field("fedsgd", description="the client sends one gradient")
+    mode: Literal["train", "eval"] = Field("train", description="batch norm: train uses the batch's own statistics")
+    loss: str = Field("cross-entropy", description="mean cross-entropy, or file.py:function / module:function")
+
+
+class LabelSpec(_Table):
+    """How the attack gets the labels."""
+
+    rule: Literal["auto", "known", "idlg", "counts"] = Field(
+        "known", description="known: granted; idlg: B = 1; counts: batches, with repeats; auto: idlg or counts by B"
+    )
+
+
+class EvaluateSpec(_Table):
+    """How close reconstructions are to the truth; never seen by an attack."""
+
+    lpips: str = Field("auto", description="auto: if VGG-16 is in torch's cache | off | download | a safetensors file")
+    controls: bool = Field(False, description="also attack a random-noise gradient, and score the mean image")
+
+
+class RunSpec(_Table):
+    """One audit: simulate a client, attack what it sends, evaluate."""
+
+    seed: int = Field(0, ge=0, description="seed of the attack")
+    device: str = Field("auto", description="auto | cpu | cuda | cuda:N | mps")
+    threads: int | None = Field(None, ge=1, description="CPU threads (default: torch's own choice)")
+    data: DataSpec = DataSpec()
+    model: ModelSpec = ModelSpec()
+    client: ClientSpec = ClientSpec()
+    labels: LabelSpec = LabelSpec()
+    attack: dict[str, Any] = Field(default_factory=lambda: {"name": "cinet"}, description="name, and its settings")
+    evaluate: EvaluateSpec = EvaluateSpec()
+
+    @field_validator("attack")
+    @classmethod
+    def _named(cls, attack: dict[str, Any]) -> dict[str, Any]:
+        return {"name": "cinet", **attack}
+
+
+#: What ``gradleak audit`` runs when no specification is given: eight embedded photographs, sigmoid ResNet-18 of width 16.
+DEFAULT: dict[str, Any] = {
+    "data": {"source": "sample", "batch": 8, "size": 32},
+    "model": {"name": "resnet18-cifar", "width": 16, "activation": "sigmoid"},
+    "attack": {"name": "cinet", "rounds": 600},
+}
+
+
+def load(path: Path | None = None, overrides: list[str] | None = None) -> RunSpec:
+    """The specification in a TOML file (or the embedded default), changed by ``key=value`` overrides.
+
+    Args:
+        path: TOML file; ``None`` for :data:`DEFAULT`.
+        overrides: ``"attack.rounds=300"``; the value is read as TOML, else as a string.
+
+    Raises:
+        SpecError: Names the key, what is wrong with it, and the nearest known key.
+    """
+    table = _read(path) if path is not None else {k: dict(v) for k, v in DEFAULT.items()}
+    return override(table, overrides or [], where=str(path) if path is not None else "specification")
+
+
+def override(table: dict[str, Any], overrides: list[str], *, where: str = "specification") -> RunSpec:
+    """The specification in a table of tables, changed by ``key=value`` overrides.
+
+    Raises:
+        SpecError: As :func:`load`.
+    """
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise SpecError(f"--set {text}: expected key=value, for example --set attack.rounds=300")
+        _assign(table, key.strip(), _value(value.strip()))
+    return parse(table, where=where)
+
+
+def parse(table: dict[str, Any], *, where: str = "specification") -> RunSpec:
+    """Validate a table of tables. Raises :class:`SpecError` naming key, fault and nearest known key."""
+    try:
+        return RunSpec.model_validate(table)
+    except ValidationError as error:
+        raise SpecError(f"{where}: {describe(error, RunSpec)}") from None
+
+
+def describe(error: ValidationError, root: type[BaseModel]) -> str:
+    """Pydantic's findings as one line each: the dotted key, what was expected and found, the nearest known key."""
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            fields = _fields_at(root, item["loc"][:-1])
+            lines.append(f"unknown key {key!r}{nearest(str(item['loc'][-1]), fields)}")
+        else:
+            lines.append(f"{key}: {item['msg']} (found {item['input']!r})")
+    return "; ".join(lines)
+
+
+def dump(spec: RunSpec, *, leave_out: set[str] | None = None) -> str:
+    """The fully resolved specification as TOML. ``None`` (not set) has no TOML form and is left out."""
+    table = _without_none(spec.model_dump(mode="json", exclude=leave_out))
+    scalars = {k: v for k, v in table.items() if not isinstance(v, dict)}
+    tables = {k: v for k, v in table.items() if isinstance(v, dict)}
+    return str(tomli_w.dumps({**scalars, **tables}))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise SpecError(f"{path}: no such specification file")
+    if path.stat().st_size > MAX_SPEC_BYTES:
+        raise SpecError(f"{path}: larger than {MAX_SPEC_BYTES} bytes; is it a TOML specification?")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: not valid TOML: {error}") from None
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _assign(table: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise SpecError(f"--set {key}: {parent!r} is a value, not a table")
+    table[leaf] = value
+
+
+def _fields_at(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    for part in loc:
+        field = root.model_fields[str(part)]
+        root = field.annotation  # type: ignore[assignment]
+    return list(root.model_fields)
+
+
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in table.items() if v is not None}

@@ -1,0 +1,140 @@
+"""Named tensors in safetensors files: bounded reading, atomic writing, and the comparison with what a model expects."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gradleak.errors import GradleakError, ObservationError, OutputError
+
+MAX_HEADER_BYTES = 100_000_000
+
+
+def read_tensors(
+    path: Path, *, error: type[GradleakError] = ObservationError
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, on the CPU, and its metadata. Nothing is ever unpickled.
+
+    The header (its length, at most 100 MB, then the place of every tensor inside the file) is checked before a tensor
+    is allocated, so a damaged or hostile file costs no memory.
+
+    Args:
+        path: The file.
+        error: Class of the error, for the reader of the message.
+
+    Raises:
+        GradleakError: Of class ``error``; names the file, and says whether it is missing, truncated or another format.
+    """
+    if not path.is_file():
+        raise error(f"{path}: no such file; expected a safetensors file")
+    try:
+        _check_header_length(path, error)
+        with safe_open(path, framework="pt", device="cpu") as file:
+            # copies: safe_open maps the file, and a map of a file that shrinks later kills the process
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError) as cause:
+        raise error(f"{path}: not a readable safetensors file: {cause}. Was it truncated on its way?") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically: readers see the old file or the whole new one, also after a power cut.
+
+    Equal tensors and metadata give equal bytes.
+
+    Args:
+        path: The file; its folder must exist.
+        tensors: Name -> tensor, on any device.
+        metadata: Short strings for the file's header.
+
+    Raises:
+        OutputError: The folder is missing, full or not writable.
+    """
+    # separate contiguous copies: the format has no views and no shared storage
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            for part in _encode(copies, metadata):
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as cause:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written: {cause.strerror or cause}") from None
+
+
+def check_state(
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, torch.Size],
+    *,
+    where: str,
+    error: type[GradleakError] = ObservationError,
+) -> None:
+    """Check that ``found`` has exactly the names and shapes of ``expected``, and finite values.
+
+    Args:
+        found: Name -> tensor, for example from :func:`read_tensors`.
+        expected: Name -> shape, for example of a model's parameters.
+        where: What the message begins with: a file name.
+        error: Class of the error.
+
+    Raises:
+        GradleakError: Of class ``error``; names the tensor, what was expected and what was found.
+    """
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    if missing or unexpected:
+        faults = [f"lacks {_first(missing)}"] * bool(missing) + [f"has unexpected {_first(unexpected)}"] * bool(
+            unexpected
+        )
+        raise error(f"{where}: {' and '.join(faults)}; the model expects {len(expected)} tensors. {_HINT}")
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise error(
+                f"{where}: {name!r} has shape {tuple(found[name].shape)}, the model expects {tuple(shape)}. {_HINT}"
+            )
+    for name, tensor in found.items():
+        if bad := int((~tensor.isfinite()).sum()):
+            raise error(f"{where}: {name!r} has {bad} values of {tensor.numel()} that are NaN or infinite")
+
+
+_HINT = "Was it taken from another architecture, width or number of classes?"
+
+
+def _first(names: Iterable[str], *, most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _encode(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, bytes, memoryview]:
+    # safetensors writes metadata in a random order: put it, sorted, in front of the tensors' entries ourselves
+    encoded = safetensors.torch.save(tensors)
+    start = 8 + int.from_bytes(encoded[:8], "little")
+    entries = {"__metadata__": dict(sorted(metadata.items())), **json.loads(encoded[8:start])}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little"), header, memoryview(encoded)[start:]
+
+
+def _check_header_length(path: Path, error: type[GradleakError]) -> None:
+    with path.open("rb") as file:
+        header, size = file.read(9), os.fstat(file.fileno()).st_size
+    length = int.from_bytes(header[:8], "little")
+    if size < 10 or header[8:] != b"{" or length > MAX_HEADER_BYTES:
+        raise error(
+            f"{path}: not a safetensors file. PyTorch's .pt and .pth files are pickles, which are never read: "
+            "convert them with safetensors.torch.save_file(state_dict, 'weights.safetensors')"
+        )
+    if length > size - 8:
+        raise error(f"{path}: truncated: its header says {length} bytes, the file has {size}")

@@ -1,0 +1,169 @@
+r"""The transpose of a client operator: from a cotangent of the update back to the images.
+
+For one gradient, :math:`A(x) = \nabla_W L(x; W)`, the transpose applied to :math:`r` is
+
+.. math:: A'(x)^\top r = \nabla_x \langle \nabla_W L(x; W), r \rangle
+          = \frac{d}{dh} \nabla_x L(x; W + h r) \Big|_{h=0}.
+
+The left form is :func:`exact` (double backward), the right one :func:`secant` (first derivatives only).
+Both return the update and its transpose at these images, as ``torch.func.vjp`` does.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradleak.observation import Update
+
+Loss = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+"""Weights and images to the scalar training loss L."""
+
+Transpose = Callable[[Update], Tensor]
+"""Cotangent of the update (same names and shapes) to the cotangent of the images."""
+
+log = logging.getLogger(__name__)
+
+
+def exact(loss: Loss, weights: Update, images: Tensor) -> tuple[Update, Transpose]:
+    r""":math:`\nabla_x \langle \nabla_W L, r \rangle` by double backward, restricted to the images.
+
+    Args:
+        loss: :math:`L(W, x)`, twice differentiable.
+        weights: W, name -> tensor.
+        images: B x C x H x W.
+
+    Returns:
+        The update, and its transpose; the transpose can be called once.
+    """
+    names = list(weights)
+    leaves = [weights[name].detach().requires_grad_() for name in names]
+    images = images.detach().requires_grad_()
+    value = loss(dict(zip(names, leaves, strict=True)), images)
+    gradients = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
+
+    def transpose(cotangent: Update) -> Tensor:
+        attached = [(g, cotangent[name]) for name, g in zip(names, gradients, strict=True) if g.requires_grad]
+        if not attached:
+            return torch.zeros_like(images)
+        outputs, cotangents = zip(*attached, strict=True)
+        (image_cotangent,) = torch.autograd.grad(outputs, images, cotangents, allow_unused=True, materialize_grads=True)
+        return image_cotangent.detach()
+
+    return {name: g.detach() for name, g in zip(names, gradients, strict=True)}, transpose
+
+
+def secant(loss: Loss, weights: Update, images: Tensor, *, step: float = 1e-3) -> tuple[Update, Transpose]:
+    r""":math:`(\nabla_x L(x; W + h r) - \nabla_x L(x; W)) / h` with :math:`h = \text{step} / \|r\|`.
+
+    Needs first derivatives only: about five forward passes of F in place of eight and a half, and less than half the
+    memory. The error is of order ``step`` (curvature) plus round-off over ``step``.
+
+    Args:
+        loss: :math:`L(W, x)`, once differentiable.
+        weights: W, name -> tensor.
+        images: B x C x H x W.
+        step: Length of the move in weight space.
+    """
+    names = list(weights)
+    leaves = [weights[name].detach().requires_grad_() for name in names]
+    images = images.detach().requires_grad_()
+    value = loss(dict(zip(names, leaves, strict=True)), images)
+    # the first pass's image gradient is the secant's base point: reusing it saves two of seven passes
+    *gradients, base = torch.autograd.grad(value, [*leaves, images], allow_unused=True, materialize_grads=True)
+
+    def transpose(cotangent: Update, *, step: float = step) -> Tensor:
+        norm = _norm(cotangent)
+        if norm == 0:
+            return torch.zeros_like(base)
+        h = step / norm
+        moved = torch._foreach_add([w.detach() for w in leaves], [cotangent[name] for name in names], alpha=h)
+        with torch.enable_grad():
+            value = loss(dict(zip(names, moved, strict=True)), images)
+        (image_cotangent,) = torch.autograd.grad(value, images, allow_unused=True, materialize_grads=True)
+        return image_cotangent.sub_(base).mul_(1 / h)
+
+    return dict(zip(names, gradients, strict=True)), transpose
+
+
+class SelfChecking:
+    """The secant while it agrees with the exact transpose, the exact transpose where it does not.
+
+    Every ``every`` rounds both are computed at the same point. The step with the least relative error is kept; when even
+    that error is above ``tolerance`` (ReLU kinks, say), the exact transpose is used until the next check.
+
+    Args:
+        tolerance: Largest relative error of the secant, as a fraction of the exact cotangent's norm.
+        every: Rounds between two checks.
+        steps: Candidate step lengths.
+
+    Attributes:
+        step: The step in use.
+        error: Relative error at the last check.
+        trusted: Whether the secant is in use.
+    """
+
+    def __init__(
+        self, *, tolerance: float = 0.05, every: int = 200, steps: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    ) -> None:
+        self.tolerance, self.every, self.steps = tolerance, every, steps
+        self.step, self.error, self.trusted = 1e-3, math.nan, True
+        self._calls = 0
+
+    def __call__(self, loss: Loss, weights: Update, images: Tensor) -> tuple[Update, Transpose]:
+        check = self._calls % self.every == 0
+        self._calls += 1
+        if not check:
+            return secant(loss, weights, images, step=self.step) if self.trusted else exact(loss, weights, images)
+        update, reference = exact(loss, weights, images)
+        _, candidate = secant(loss, weights, images)
+
+        def transpose(cotangent: Update) -> Tensor:
+            image_cotangent = reference(cotangent)
+            scale = float(image_cotangent.norm()) or 1.0
+            errors = {
+                step: float((candidate(cotangent, step=step) - image_cotangent).norm()) / scale  # type: ignore[call-arg]
+                for step in self.steps
+            }
+            self.step = min(errors, key=errors.__getitem__)
+            self.error = errors[self.step]
+            trusted = self.error <= self.tolerance
+            if trusted != self.trusted:
+                log.info(
+                    "secant error %.1e with step %.0e: %s",
+                    self.error,
+                    self.step,
+                    "secant" if trusted else "exact from here",
+                )
+            self.trusted = trusted
+            return image_cotangent
+
+        return update, transpose
+
+
+Engine = Callable[[Loss, Update, Tensor], tuple[Update, Transpose]]
+EngineName = Literal["auto", "secant", "exact"]
+
+
+def engine(name: EngineName) -> Engine:
+    """``auto`` (:class:`SelfChecking`), ``secant`` or ``exact``."""
+    engines: dict[str, Callable[[], Engine]] = {
+        "auto": SelfChecking,
+        "secant": lambda: secant,
+        "exact": lambda: exact,
+    }
+    return engines[name]()
+
+
+def _norm(update: Update) -> float:
+    """Euclidean norm over all tensors; scaled by the largest entry so that squares of tiny entries do not vanish."""
+    tensors = list(update.values())
+    largest = max(float(t.abs().max()) for t in tensors if t.numel())
+    if largest == 0 or not math.isfinite(largest):
+        return largest
+    return largest * math.sqrt(sum(float((t / largest).square().sum(dtype=torch.float64)) for t in tensors))
