@@ -1,9 +1,13 @@
 """gradleak: how much private training data can be rebuilt from the updates that federated-learning clients share?"""
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 
+# OpenMP threads that wait busily make rounds 5 to 20 times slower on a machine with other work (docs/performance.md);
+# read when torch is first imported, so it must come before
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from gradleak.attacks import attack
-from gradleak.run import audit
 from gradleak.client import FedSGD, operator, simulate
 from gradleak.data import load as load_data
 from gradleak.errors import GradleakError
@@ -12,6 +16,7 @@ from gradleak.invert import Reconstruction, invert
 from gradleak.labels import Labels, recover
 from gradleak.models import build as build_model
 from gradleak.observation import Observation, Truth, Update
+from gradleak.run import audit
 from gradleak.spec import ClientSpec, DataSpec, ModelSpec, RunSpec, load
 
 try:

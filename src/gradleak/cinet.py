@@ -162,9 +162,7 @@ def block_widths(channels: int, doublings: int) -> list[int]:
     return [max(4, channels // (divisor[k] if k < len(divisor) else 4)) for k in range(doublings + 1)]
 
 
-def generator_parameters(
-    *, channels: int, image_shape: tuple[int, int, int], latent: int = 128, convolutions: int = 2
-) -> int:
+def generator_parameters(*, channels: int, image_shape: tuple[int, int, int], latent: int = 128, convolutions: int = 2) -> int:
     """P(G): number of trained parameters of :class:`CINet` with these sizes and the paper's other choices."""
     with torch.device("meta"):
         net = CINet(

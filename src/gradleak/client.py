@@ -71,9 +71,7 @@ class FedSGD:
     @property
     def has_batch_statistics(self) -> bool:
         """Whether images of a batch are coupled through batch norm in train mode."""
-        return self.mode == "train" and any(
-            isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()
-        )
+        return self.mode == "train" and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
 
     def outputs(self, images: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """F(x; W) in the client's mode. B x C x H x W to F's output."""
@@ -173,6 +171,6 @@ def training_loss(name: str) -> TrainingLoss:
     if name == "cross-entropy":
         return cross_entropy
     if ":" not in name:
-        raise SpecError(f"client.loss: unknown loss {name!r}; use \"cross-entropy\", file.py:function or module:function")
+        raise SpecError(f'client.loss: unknown loss {name!r}; use "cross-entropy", file.py:function or module:function')
     loss: TrainingLoss = import_function(name, error=SpecError)
     return loss

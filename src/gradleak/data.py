@@ -85,8 +85,8 @@ def available() -> dict[str, str]:
 def load(spec: DataSpec) -> Truth:
     """Images ``start .. start + batch - 1`` of a source, with labels and names. Only these are decoded.
 
-    A size that differs from the source's own means: the largest central square, resized with Lanczos' antialiased filter.
-    Without a size, ``sample`` gives 32 pixels, ``folder`` 224, the others what is stored.
+    A size other than the stored one means: the largest central square, resized by Lanczos' antialiased filter. Without
+    a size, ``sample`` gives 32 pixels, ``folder`` 224, the others what is stored.
 
     Returns:
         Images B x C x H x W, float32 in [0, 1], and labels B, int64.
@@ -108,14 +108,18 @@ def _sample(spec: DataSpec) -> Truth:
     files = list(PHOTOGRAPHS)
     # the first crop of every photograph, then the second of every photograph, ...
     crops = [(label, box) for boxes in zip(*PHOTOGRAPHS.values(), strict=True) for label, box in enumerate(boxes)]
-    images, labels = [], []
-    for label, (left, top, side) in [crops[row] for row in _rows(spec, len(crops))]:
-        with importlib.resources.files("skimage").joinpath("data", files[label]).open("rb") as stream:
-            photograph = _decode(stream, files[label])
+    chosen = [crops[row] for row in _rows(spec, len(crops))]
+    labels = [label for label, _ in chosen]
+    photographs = {}
+    for label in set(labels):
+        with (importlib.resources.files("skimage") / "data" / files[label]).open("rb") as stream:
+            photographs[label] = _decode(stream, files[label])
+    images = []
+    for label, (left, top, side) in chosen:
+        photograph = photographs[label]
         unit = photograph.height
         box = (left * unit, top * unit, min((left + side) * unit, photograph.width), min((top + side) * unit, unit))
         images.append(_resize(photograph, box, spec.size or 32))
-        labels.append(label)
     return Truth(torch.stack(images), torch.tensor(labels), tuple(Path(files[label]).stem for label in labels))
 
 
@@ -129,9 +133,9 @@ def _cifar(spec: DataSpec) -> Truth:
         data = dataset(root, train=True, download=spec.download)
     except Exception as cause:  # from the network, the archive or the disk
         raise DataError(
-            f"{spec.source}: no intact {root / dataset.base_folder} ({cause}). Set data.download = true; without a network, "
-            f"put {dataset.filename} into {root} first, then it is only unpacked. Or name the folder that holds "
-            f"{dataset.base_folder} with data.root, or use data.source = npz:PATH"
+            f"{spec.source}: no intact {root / dataset.base_folder} ({cause}). Set data.download = true; without a "
+            f"network, put {dataset.filename} into {root} first, then it is only unpacked. Or name the folder that "
+            f"holds {dataset.base_folder} with data.root, or use data.source = npz:PATH"
         ) from None
     rows = _rows(spec, len(data.data))
     images = torch.from_numpy(data.data[rows.start : rows.stop]).permute(0, 3, 1, 2).float() / 255
@@ -207,18 +211,14 @@ def _read_rows(
         if dtype.kind not in kinds or (dtype.kind == "u" and ndim == 4 and dtype != np.uint8):
             raise DataError(f"{where}: type {dtype}; expected {'uint8 or float' if ndim == 4 else 'integers'}")
         if len(shape) != ndim or min(shape) < 1:
-            raise DataError(
-                f"{where}: shape {shape}; expected {'N x H x W x C or N x C x H x W' if ndim == 4 else 'N'}"
-            )
+            raise DataError(f"{where}: shape {shape}; expected {'N x H x W x C or N x C x H x W' if ndim == 4 else 'N'}")
         if fortran_order and ndim > 1:
             raise DataError(f"{where}: in Fortran order; save np.ascontiguousarray of it")
         rows = _rows(spec, shape[0])
         row_bytes = dtype.itemsize * math.prod(shape[1:])
         wanted = len(rows) * row_bytes
         if wanted > MAX_BATCH_BYTES:
-            raise DataError(
-                f"{where}: {len(rows)} rows of shape {shape[1:]} are {wanted} bytes, at most {MAX_BATCH_BYTES}"
-            )
+            raise DataError(f"{where}: {len(rows)} rows of shape {shape[1:]} are {wanted} bytes, at most {MAX_BATCH_BYTES}")
         stream.seek(stream.tell() + rows.start * row_bytes)
         content = stream.read(wanted)
     if len(content) < wanted:
@@ -229,10 +229,7 @@ def _read_rows(
 def _rows(spec: DataSpec, count: int) -> range:
     stop = spec.start + spec.batch
     if stop > count:
-        raise DataError(
-            f"{spec.source} has {count} images, data.start + data.batch asks for {stop}: choose data.batch <= "
-            f"{count - spec.start}" + ("" if spec.start < count else f" after data.start < {count}")
-        )
+        raise DataError(f"{spec.source} has {count} images; data.start + data.batch = {stop} must not exceed that")
     return range(spec.start, stop)
 
 

@@ -131,7 +131,7 @@ def invert(
     if not history:
         raise DivergedError(
             f"the first matching loss is {loss}: F's gradient at the generator's first images is not finite; "
-            "try attack.precision=\"float64\", or another seed"
+            'try attack.precision="float64", or another seed'
         )
     with torch.no_grad():
         images = image_model()
@@ -170,8 +170,7 @@ def noise_update(observation: Observation, *, seed: int = 0) -> Observation:
     generator = torch.Generator().manual_seed(seed)
     noise = {name: torch.randn(t.shape, generator=generator).to(t) for name, t in observation.update.items()}
     update = {
-        name: n * (observation.update[name].norm() / n.norm().clamp_min(torch.finfo(n.dtype).tiny))
-        for name, n in noise.items()
+        name: n * (observation.update[name].norm() / n.norm().clamp_min(torch.finfo(n.dtype).tiny)) for name, n in noise.items()
     }
     return dataclasses.replace(observation, update=update)
 

@@ -47,8 +47,7 @@ def recover(rule: Rule, observation: Observation, client: FedSGD) -> Labels:
         rule = "idlg" if observation.batch == 1 else "counts"
     if rule == "idlg" and observation.batch != 1:
         raise ObservationError(
-            f"labels: the rule 'idlg' needs a batch of one image, this one has {observation.batch}; "
-            'use labels.rule="counts"'
+            f"labels: the rule 'idlg' needs a batch of one image, this one has {observation.batch}; use labels.rule=\"counts\""
         )
     values = idlg(observation, client) if rule == "idlg" else counts(observation, client)
     return Labels(values.to(next(iter(client.weights.values())).device), rule)

@@ -89,9 +89,7 @@ def fsim(reconstruction: Tensor, truth: Tensor, *, data_range: float = 1.0) -> T
         DataError: Also if there are neither 1 nor 3 channels.
     """
     _check(reconstruction, truth, data_range, metric="FSIM", smallest=2, channels=(1, 3))
-    metric = functools.partial(
-        piq.fsim, data_range=data_range, reduction="none", chromatic=reconstruction.shape[1] == 3
-    )
+    metric = functools.partial(piq.fsim, data_range=data_range, reduction="none", chromatic=reconstruction.shape[1] == 3)
     return _in_chunks(metric, reconstruction.float(), truth.float())
 
 

@@ -54,9 +54,7 @@ class Truth:
         tensors, metadata = read_tensors(path, error=DataError)
         for key in ("images", "labels"):
             if key not in tensors:
-                raise DataError(
-                    f"{path}: no tensor {key!r}; expected a truth file as `gradleak capture --truth` writes it"
-                )
+                raise DataError(f"{path}: no tensor {key!r}; expected a truth file as `gradleak capture --truth` writes it")
         images, labels = tensors["images"], tensors["labels"]
         if images.ndim != 4 or not images.is_floating_point() or labels.shape != images.shape[:1]:
             raise DataError(
@@ -139,9 +137,7 @@ class Observation:
             if slash and kind in parts:
                 parts[kind][name] = tensor
             elif key != "labels":
-                raise ObservationError(
-                    f"{path}: unexpected tensor {key!r}; known are update/*, weights/*, buffers/*, labels"
-                )
+                raise ObservationError(f"{path}: unexpected tensor {key!r}; known are update/*, weights/*, buffers/*, labels")
         try:
             colours, height, width = (int(n) for n in header["image_shape"])
             batch = int(header["batch"])
@@ -153,9 +149,7 @@ class Observation:
             raise ObservationError(f"{path}: {batch} images of shape {(colours, height, width)} are out of range")
         labels = tensors.get("labels")
         if labels is not None and (labels.dtype != torch.int64 or labels.shape != (batch,)):
-            raise ObservationError(
-                f"{path}: 'labels' is {labels.dtype} {tuple(labels.shape)}, expected torch.int64 ({batch},)"
-            )
+            raise ObservationError(f"{path}: 'labels' is {labels.dtype} {tuple(labels.shape)}, expected torch.int64 ({batch},)")
         observation = Observation(
             update=parts["update"],
             weights=parts["weights"],

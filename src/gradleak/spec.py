@@ -37,9 +37,7 @@ class DataSpec(_Table):
 class ModelSpec(_Table):
     """The attacked model F and its weights W."""
 
-    name: str = Field(
-        "resnet18-cifar", description="a built-in name, torchvision/NAME, file.py:function, module:function"
-    )
+    name: str = Field("resnet18-cifar", description="a built-in name, torchvision/NAME, file.py:function, module:function")
     width: int | None = Field(None, ge=1, description="base width of the CIFAR networks (resnet18-cifar: 64)")
     num_classes: int | None = Field(None, ge=2, description="default: the model's own (10, or torchvision's 1000)")
     activation: Literal["model", "sigmoid", "relu", "tanh", "leaky_relu", "gelu", "silu"] = Field(

@@ -17,9 +17,7 @@ from gradleak.errors import GradleakError, ObservationError, OutputError
 MAX_HEADER_BYTES = 100_000_000
 
 
-def read_tensors(
-    path: Path, *, error: type[GradleakError] = ObservationError
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path, *, error: type[GradleakError] = ObservationError) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, on the CPU, and its metadata. Nothing is ever unpickled.
 
     The header (its length, at most 100 MB, then the place of every tensor inside the file) is checked before a tensor
@@ -58,9 +56,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         OutputError: The folder is missing, full or not writable.
     """
     # separate contiguous copies: the format has no views and no shared storage
-    copies = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
+    copies = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -95,15 +91,11 @@ def check_state(
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     if missing or unexpected:
-        faults = [f"lacks {_first(missing)}"] * bool(missing) + [f"has unexpected {_first(unexpected)}"] * bool(
-            unexpected
-        )
+        faults = [f"lacks {_first(missing)}"] * bool(missing) + [f"has unexpected {_first(unexpected)}"] * bool(unexpected)
         raise error(f"{where}: {' and '.join(faults)}; the model expects {len(expected)} tensors. {_HINT}")
     for name, shape in expected.items():
         if found[name].shape != shape:
-            raise error(
-                f"{where}: {name!r} has shape {tuple(found[name].shape)}, the model expects {tuple(shape)}. {_HINT}"
-            )
+            raise error(f"{where}: {name!r} has shape {tuple(found[name].shape)}, the model expects {tuple(shape)}. {_HINT}")
     for name, tensor in found.items():
         if bad := int((~tensor.isfinite()).sum()):
             raise error(f"{where}: {name!r} has {bad} values of {tensor.numel()} that are NaN or infinite")

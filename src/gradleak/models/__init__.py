@@ -165,9 +165,7 @@ def _torchvision_names() -> list[str]:
 
 def _torchvision_model(name: str, classes: dict[str, int], image_shape: ImageShape) -> nn.Module:
     if image_shape[0] != 3:
-        raise ModelError(
-            f"{name} takes images of 3 channels, these have {image_shape[0]}; use a CIFAR network or your own"
-        )
+        raise ModelError(f"{name} takes images of 3 channels, these have {image_shape[0]}; use a CIFAR network or your own")
     bare = name.removeprefix("torchvision/")
     # without the auxiliary heads these two return logits in train mode, as all others do
     plain = {"aux_logits": False, "init_weights": True} if bare in ("googlenet", "inception_v3") else {}
@@ -252,9 +250,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     found, _ = read_tensors(path, error=ModelError)
     # older files have no counter of batches; batch norm with momentum does not use it
     state = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if name in found or not name.endswith("num_batches_tracked")
+        name: tensor for name, tensor in model.state_dict().items() if name in found or not name.endswith("num_batches_tracked")
     }
     check_state(found, {name: tensor.shape for name, tensor in state.items()}, where=str(path), error=ModelError)
     model.load_state_dict(found, strict=False)

@@ -112,9 +112,7 @@ def lenet(*, image_shape: ImageShape, num_classes: int = 10, width: int = 12) ->
     body: list[nn.Module] = []
     for inputs, stride in ((channels, 2), (width, 2), (width, 1), (width, 1)):
         body += [nn.Conv2d(inputs, width, 5, stride, padding=2), nn.Sigmoid()]
-    model = nn.Sequential(
-        OrderedDict(body=nn.Sequential(*body), flatten=nn.Flatten(), fc=nn.Linear(features, num_classes))
-    )
+    model = nn.Sequential(OrderedDict(body=nn.Sequential(*body), flatten=nn.Flatten(), fc=nn.Linear(features, num_classes)))
     for parameter in model.parameters():
         nn.init.uniform_(parameter, -0.5, 0.5)
     return model

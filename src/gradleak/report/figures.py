@@ -1,14 +1,14 @@
-"""Pictures and curves: tensors to PNG, the grid of truth above reconstruction, and SVG curves that follow the page's colours."""
+"""Pictures and curves: tensors to PNG, the grid of truth above reconstruction, SVG curves in the page's own colours."""
 
 from __future__ import annotations
 
 import base64
 import io
 import math
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from gradleak.errors import OutputError
+from gradleak.files import write_atomically
 
 MAX_POINTS = 600
 MAX_GRID_WIDTH = 1600
@@ -86,9 +86,7 @@ def grid_png(path: Path, truth: Tensor | None, reconstruction: Tensor, *, captio
     bands = math.ceil(batch / per_row)
     columns = math.ceil(batch / bands)
     band = len(rows) * (cell_height + gap) + caption + 10
-    canvas = Image.new(
-        "RGB", (left + columns * (cell_width + gap) - gap + margin, 2 * margin + bands * band - 10), "white"
-    )
+    canvas = Image.new("RGB", (left + columns * (cell_width + gap) - gap + margin, 2 * margin + bands * band - 10), "white")
     draw = ImageDraw.Draw(canvas)
 
     for i in range(batch):
@@ -106,31 +104,31 @@ def grid_png(path: Path, truth: Tensor | None, reconstruction: Tensor, *, captio
 
     buffer = io.BytesIO()
     canvas.save(buffer, format="PNG", optimize=True)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, [buffer.getvalue()])
 
 
 def curve_svg(
-    rounds: Sequence[float], values: Sequence[float], *, label: str, log: bool = False, top: float | None = None
+    rounds: Sequence[float], values: Sequence[float | None], *, label: str, log: bool = False, top: float | None = None
 ) -> str:
-    """A quantity over rounds as an SVG element without colours, fonts or identifiers of its own, ``""`` if there is none.
+    """A quantity over rounds as an SVG element for an HTML page; ``""`` if there is nothing to draw.
 
     It is drawn in the page's CSS variables ``--ink``, ``--line``, ``--accent`` and ``--muted``, and is the same text
     for the same numbers. More than 600 points are thinned evenly; the first and last stay.
 
     Args:
         rounds: Positions, ascending.
-        values: One per round; those that are not finite (or, with ``log``, not positive) are left out.
+        values: One per round; ``None``, NaN, infinite and (with ``log``) non-positive ones are left out.
         label: What it shows, for people who do not see it, and the prefix of identifiers inside.
         log: Logarithmic vertical axis.
         top: Upper end of the vertical axis (1 for SSIM), which then starts at 0 at the latest.
     """
-    points = [(r, v) for r, v in zip(rounds, values, strict=True) if math.isfinite(v) and (v > 0 or not log)]
+    points = [(r, v) for r, v in zip(rounds, values, strict=True) if v is not None and math.isfinite(v) and (v > 0 or not log)]
     if not points:
         return ""
     kept = np.unique(np.linspace(0, len(points) - 1, MAX_POINTS).round().astype(int))
     x, y = zip(*(points[i] for i in kept), strict=True)
 
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": label,
         "font.size": 9,
@@ -150,21 +148,6 @@ def curve_svg(
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _inline(buffer.getvalue(), label)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content``: a reader sees the old file or the new one, never half of one.
-
-    Raises:
-        OutputError: The folder does not exist or cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another output folder") from error
 
 
 def _plain(axes: Axes, *, log: bool, top: float | None, lowest: float) -> None:
@@ -197,7 +180,7 @@ def _power(value: float, *, plain: bool) -> str:
 
 
 def _inline(svg: str, label: str) -> str:
-    """Matplotlib's SVG file as an element of an HTML page: no prologue, no metadata, unique identifiers, page colours."""
+    """Matplotlib's SVG file as an element of an HTML page: bare, with identifiers of its own and the page's colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)

@@ -13,8 +13,9 @@ from jinja2 import Environment
 from markupsafe import Markup
 from torch import Tensor
 
+from gradleak.files import write_atomically
 from gradleak.observation import Truth
-from gradleak.report.figures import curve_svg, grid_png, picture, png_data_uri, write_atomically
+from gradleak.report.figures import curve_svg, grid_png, picture, png_data_uri
 
 MAX_PIXELS = 8_000_000
 MAX_PICTURES = 256
@@ -58,9 +59,7 @@ _METRICS = (
     _Metric("ssim", "SSIM", 3, "", "1 is identical", "structural similarity: do edges and textures agree, from 0 to 1"),
     _Metric("psnr", "PSNR", 1, " dB", "higher is closer", "mean squared error of pixels on a decibel scale"),
     _Metric("fsim", "FSIM", 3, "", "1 is identical", "do the features that the eye notices first agree, from 0 to 1"),
-    _Metric(
-        "lpips", "LPIPS", 3, "", "lower is closer", "distance in the features of a VGG-16 network, near human judgement"
-    ),
+    _Metric("lpips", "LPIPS", 3, "", "lower is closer", "distance in the features of a VGG-16 network, near human judgement"),
 )
 
 
@@ -79,7 +78,7 @@ class _Picture:
 def render(data: ReportData) -> str:
     """The report as HTML text: the same text for the same data, everything in it, all foreign text escaped."""
     pictures = _best_first(data)
-    measured = [m for m in _METRICS if any(p.values[m.key] is not None for p in pictures)]
+    measured = _measured(pictures)
     height, width = data.images.shape[-2:]
     shown = pictures[: max(4, min(MAX_PICTURES, MAX_PIXELS // (height * width)))]
     page = _environment().from_string(resources.files(__package__).joinpath("template.html").read_text("utf-8"))
@@ -115,7 +114,7 @@ def write_report(folder: Path, data: ReportData) -> None:
     truth = None if data.truth is None else data.truth.images[order]
     rebuilt = data.images[[_assignment(data)[i] for i in order]]
     grid_png(folder / "grid.png", truth, rebuilt, captions=captions)
-    write_atomically(folder / "report.html", render(data).encode("utf-8"))
+    write_atomically(folder / "report.html", render(data))
 
 
 def _assignment(data: ReportData) -> list[int]:
@@ -126,7 +125,7 @@ def _assignment(data: ReportData) -> list[int]:
 
 
 def _best_first(data: ReportData) -> list[_Picture]:
-    """All pairs by falling SSIM; those without one come last, in the batch's order."""
+    """All pairs by falling SSIM (PSNR where images are too small for it); unmeasured ones last, in their own order."""
     per_image = (data.result.get("per_image") or {}) if data.truth is not None else {}
     pictures = []
     for i, j in enumerate(_assignment(data)):
@@ -137,7 +136,14 @@ def _best_first(data: ReportData) -> list[_Picture]:
             name = " ".join(data.truth.names[i].split()) if i < len(data.truth.names) else f"image {i}"
             label = int(data.truth.labels[i])
             pictures.append(_Picture(i, name, label, data.truth.images[i], data.images[j], values))
-    return sorted(pictures, key=lambda p: -math.inf if p.values["ssim"] is None else p.values["ssim"], reverse=True)
+    if measured := _measured(pictures):
+        pictures.sort(key=lambda p: (p.values[measured[0].key] is None, -(p.values[measured[0].key] or 0.0)))
+    return pictures
+
+
+def _measured(pictures: list[_Picture]) -> list[_Metric]:
+    """The metrics that at least one picture has, the one that ranks them first."""
+    return [m for m in _METRICS if any(p.values[m.key] is not None for p in pictures)]
 
 
 def _tiles(data: ReportData, measured: list[_Metric]) -> list[dict[str, str]]:
@@ -149,9 +155,7 @@ def _tiles(data: ReportData, measured: list[_Metric]) -> list[dict[str, str]]:
             row = metrics.get(m.key) or {}
             if m.key != "fsim" and (m in measured or m.key in notes):
                 note = m.better if m in measured else str(notes[m.key])
-                tiles.append(
-                    {"name": f"mean {m.name}", "value": _number(row.get("mean"), m.digits, m.unit), "note": note}
-                )
+                tiles.append({"name": f"mean {m.name}", "value": _number(row.get("mean"), m.digits, m.unit), "note": note})
         worst = (metrics.get("ssim") or {}).get("worst")
         if _finite(worst) is not None:
             tiles.append({"name": "worst SSIM", "value": _number(worst, 3), "note": "of all images"})
@@ -211,7 +215,7 @@ def _curves(data: ReportData) -> list[dict[str, Any]]:
 
 
 def _comparison(result: dict[str, Any], measured: list[_Metric]) -> list[tuple[str, list[str]]]:
-    """Mean metrics of this attack, of the same under many-to-one scoring, and of the controls; empty if it stands alone."""
+    """Mean metrics of this attack, of it scored many-to-one, and of the controls; empty if it stands alone."""
     rows = {"this attack": result.get("metrics") or {}}
     if result.get("many_to_one"):
         rows["this attack, many-to-one"] = result["many_to_one"]
