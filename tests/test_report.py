@@ -448,5 +448,5 @@ def test_the_page_works_in_a_browser(eight: ReportData, tmp_path: Path) -> None:
     assert found["opened"]
     assert found["closed"]
     assert found["enlarged"] == 2
-    names_shown = [image_names[i] for i in shown_order(html)]
+    names_shown = [f"{image_names[i]} #{i}" for i in shown_order(html)]
     assert [caption.split(" · ")[0] for caption in found["captions"]] == [names_shown[i] for i in (0, 1, -1)]

@@ -67,7 +67,7 @@ def check(spec: RunSpec) -> Check:
     return Check(
         update_size=client.operator.parameters,
         unknowns=client.truth.images.numel(),
-        generator=recipe.describe(client.observation, client.operator.parameters),
+        generator=reconstruction.notes,
         rounds=recipe.rounds,
         seconds_per_round=second - first,
         peak_memory_mb=reconstruction.peak_memory_mb,

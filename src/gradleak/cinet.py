@@ -82,10 +82,9 @@ class CINet(nn.Module):
         output_layer: ``single`` (the paper's), or the last two resolutions' outputs ``blended`` half and half.
         residual: Skip connection around each block (the paper has none).
         convolutions: 3x3 convolutions in a block (the paper has two).
-        generator: Source of randomness for the latents and theta; the global one when None.
 
     Shapes:
-        ``forward()`` -> B x C x H x W.
+        ``forward()`` -> B x C x H x W. Latents and theta come from torch's global random state.
     """
 
     z0: Tensor
@@ -108,6 +107,7 @@ class CINet(nn.Module):
         super().__init__()
         colours, height, width = image_shape
         doublings = max(0, math.ceil(math.log2(max(height, width) / 4)))
+        self.channels = channels
         self.image_size = (height, width)
         self.mode = "bilinear" if interpolation == "linear" else "nearest"
         stem = (math.ceil(height / 2**doublings), math.ceil(width / 2**doublings))

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradleak.attacks import Attack
+from gradleak.attacks import Attack, Problem
 from gradleak.client import FedSGD
 from gradleak.distance import DISTANCES
 from gradleak.errors import DivergedError
@@ -82,64 +82,93 @@ def invert(
     """
     dtype = torch.float64 if attack.precision == "float64" else torch.float32
     device = next(iter(client.weights.values())).device
-    client = client.to(device, dtype)
-    observed = {name: t.to(device, dtype) for name, t in observation.update.items()}
-    y = labels.values.to(device)
+    problem = Problem(
+        observation=observation,
+        client=client.to(device, dtype),
+        observed={name: t.to(device, dtype) for name, t in observation.update.items()},
+        labels=labels.values.to(device),
+    )
+    runs = [_run(problem, attack, labels, seed=seed + k, progress=progress) for k in range(attack.repeat)]
+    return min(runs, key=lambda run: run.matching_loss)
+
+
+class _NotFinite(Exception):
+    """The matching loss of an evaluation is not finite."""
+
+
+def _run(problem: Problem, attack: Attack, labels: Labels, *, seed: int, progress: bool) -> Reconstruction:
+    """One restart of the loop."""
+    client, observed, y = problem.client, problem.observed, problem.labels
+    weight = next(iter(client.weights.values()))
+    device = weight.device
     distance = DISTANCES[attack.distance]
     transpose_engine = engine(attack.engine)
     with _seeded(seed, device):
-        image_model = attack.image_model(observation, client.parameters).to(device, dtype)
-    parameters = [p for p in image_model.parameters() if p.requires_grad]
-    optimiser, schedule = attack.stepper(image_model)
+        image_model = attack.image_model(problem).to(weight)
+    best = _Best()
+    images = torch.empty(0)
 
-    best_loss, best_round, best_images, since_gain = math.inf, 0, torch.empty(0), 0
+    def evaluate(parameters: list[nn.Parameter]) -> float:
+        """The matching loss at the present parameters, and the gradient of loss plus prior in their ``grad``."""
+        nonlocal images
+        for p in image_model.parameters():
+            p.grad = None
+        images = image_model()
+        update, transpose = client.vjp(images, y, engine=transpose_engine)
+        loss, cotangent = distance(update, observed)
+        if not math.isfinite(loss):
+            raise _NotFinite(loss)
+        best.offer(loss, images)
+        penalty = attack.prior(images, problem)
+        if penalty is not None:
+            penalty.backward(retain_graph=True)
+        images.backward(transpose(cotangent))
+        if attack.signed:
+            for p in parameters:
+                if p.grad is not None:
+                    p.grad.sign_()
+        return loss
+
     history: list[dict[str, float]] = []
     snapshots: dict[int, Tensor] = {}
-    keep = snapshot_rounds(attack.rounds, attack.snapshots)
-    stopped = f"all {attack.rounds} rounds done"
+    phases = attack.phases(image_model)
+    rounds = sum(phase.rounds for phase in phases)
+    keep = snapshot_rounds(rounds, attack.snapshots)
+    stopped = f"all {rounds} rounds done"
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    with _progress(attack.rounds, progress) as report:
-        for t in range(1, attack.rounds + 1):
-            optimiser.zero_grad(set_to_none=True)
-            images = image_model()
-            update, transpose = client.vjp(images, y, engine=transpose_engine)
-            loss, cotangent = distance(update, observed)
-            if not math.isfinite(loss):
-                stopped = f"the matching loss became {loss} in round {t}; the best earlier iterate is kept"
+    with _progress(rounds, progress) as report:
+        for t, phase in enumerate((p for p in phases for _ in range(p.rounds)), start=1):
+            parameters = [p for group in phase.optimiser.param_groups for p in group["params"]]
+            rate = phase.optimiser.param_groups[0]["lr"]
+            try:
+                loss = float(phase.optimiser.step(lambda: evaluate(parameters)))  # type: ignore[arg-type, call-overload]  # noqa: B023
+            except _NotFinite as fault:
+                if not history:
+                    raise DivergedError(
+                        f"the first matching loss is {fault}: F's gradient at the attack's first images is not finite; "
+                        'try attack.precision="float64", or another seed'
+                    ) from None
+                stopped = f"the matching loss became {fault} in round {t}; the best earlier iterate is kept"
                 break
-            since_gain = 0 if loss < 0.99 * best_loss else since_gain + 1
-            if loss < best_loss:
-                best_loss, best_round, best_images = loss, t, images.detach().clone()
-            images.backward(transpose(cotangent))
-            if attack.signed:
-                for p in parameters:
-                    if p.grad is not None:
-                        p.grad.sign_()
-            rate = optimiser.param_groups[0]["lr"]
-            optimiser.step()
-            schedule.step()
-            seconds = time.perf_counter() - start
-            history.append({"round": t, "loss": loss, "learning_rate": rate, "seconds": seconds})
+            phase.schedule.step()
+            attack.project(image_model)
+            best.round_done(t)
+            history.append({"round": t, "loss": loss, "learning_rate": rate, "seconds": time.perf_counter() - start})
             if t in keep:
                 snapshots[t] = _eight_bit(images)
             report(t, loss)
-            if attack.patience is not None and since_gain >= attack.patience:
+            if attack.patience is not None and t - best.last_gain >= attack.patience:
                 stopped = f"plateau: the matching loss fell by less than 1 % in {attack.patience} rounds"
                 break
-    if not history:
-        raise DivergedError(
-            f"the first matching loss is {loss}: F's gradient at the generator's first images is not finite; "
-            'try attack.precision="float64", or another seed'
-        )
     with torch.no_grad():
         images = image_model()
     loss, _ = distance(client(images, y), observed)  # the last step's result has not been looked at yet
-    if loss < best_loss:
-        best_loss, best_round, best_images = loss, len(history) + 1, images
-    seconds = time.perf_counter() - start
-    notes = attack.describe(observation, client.parameters)
+    if math.isfinite(loss):
+        best.offer(loss, images)
+        best.round_done(len(history) + 1)
+    notes = attack.describe(problem, image_model)
     if isinstance(transpose_engine, SelfChecking):
         notes["engine"] = {
             "in_use": "secant" if transpose_engine.trusted else "exact",
@@ -147,12 +176,12 @@ def invert(
             "relative_error": transpose_engine.error,
         }
     return Reconstruction(
-        images=best_images.clamp(0, 1).float().cpu(),
+        images=best.images.clamp(0, 1).float().cpu(),
         labels=Labels(labels.values.cpu(), labels.rule),
-        matching_loss=best_loss,
-        best_round=best_round,
+        matching_loss=best.loss,
+        best_round=best.round,
         rounds=len(history),
-        seconds=seconds,
+        seconds=time.perf_counter() - start,
         stopped=stopped,
         history=history,
         snapshots=torch.stack(list(snapshots.values())) if snapshots else torch.empty(0),
@@ -160,6 +189,24 @@ def invert(
         peak_memory_mb=peak_memory_mb(device),
         notes=notes,
     )
+
+
+class _Best:
+    """The iterate with the least matching loss, and when the loss last fell by at least 1 %."""
+
+    def __init__(self) -> None:
+        self.loss, self.round, self.images = math.inf, 0, torch.empty(0)
+        self.last_gain, self._goal, self._new = 0, math.inf, False
+
+    def offer(self, loss: float, images: Tensor) -> None:
+        if loss < self.loss:
+            self.loss, self.images, self._new = loss, images.detach().clone(), True
+
+    def round_done(self, t: int) -> None:
+        if self._new:
+            self.round, self._new = t, False
+        if self.loss < 0.99 * self._goal:
+            self.last_gain, self._goal = t, self.loss
 
 
 def noise_update(observation: Observation, *, seed: int = 0) -> Observation:

@@ -9,10 +9,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from gradleak.attacks import cinet
 from gradleak.attacks.cinet import CINetAttack
-from gradleak.attacks.recipe import Attack
+from gradleak.attacks.recipe import Attack, Problem
 from gradleak.errors import SpecError, nearest
 
-__all__ = ["ATTACKS", "Attack", "CINetAttack", "attack", "available"]
+__all__ = ["ATTACKS", "Attack", "CINetAttack", "Problem", "attack", "available"]
 
 #: name -> (recipe, one line about it)
 ATTACKS: dict[str, tuple[Attack, str]] = {**cinet.PRESETS}

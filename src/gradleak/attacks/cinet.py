@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from torch import nn
 
-from gradleak.attacks.recipe import Attack
+from gradleak.attacks.recipe import Attack, Problem
 from gradleak.cinet import (
     Activation,
     ChannelRule,
@@ -21,7 +22,6 @@ from gradleak.cinet import (
     OutputRange,
     choose_channels,
 )
-from gradleak.observation import Observation
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -45,24 +45,21 @@ class CINetAttack(Attack):
     residual: bool = False
     convolutions: int = Field(2, ge=1, le=8)
 
-    def resolved_channels(self, observation: Observation, update_size: int) -> int:
-        """c for this observation."""
-        if isinstance(self.channels, int):
-            return self.channels
-        return choose_channels(
-            self.channels,
-            batch=observation.batch,
-            image_shape=observation.image_shape,
-            update_size=update_size,
-            latent=self.latent,
-            convolutions=self.convolutions,
-        )
-
-    def image_model(self, observation: Observation, update_size: int) -> CINet:
+    def image_model(self, problem: Problem) -> CINet:
+        channels = self.channels
+        if not isinstance(channels, int):
+            channels = choose_channels(
+                channels,
+                batch=problem.batch,
+                image_shape=problem.image_shape,
+                update_size=problem.client.parameters,
+                latent=self.latent,
+                convolutions=self.convolutions,
+            )
         return CINet(
-            batch=observation.batch,
-            image_shape=observation.image_shape,
-            channels=self.resolved_channels(observation, update_size),
+            batch=problem.batch,
+            image_shape=problem.image_shape,
+            channels=channels,
             latent=self.latent,
             interpolation=self.interpolation,
             normalisation=self.normalisation,
@@ -73,9 +70,10 @@ class CINetAttack(Attack):
             convolutions=self.convolutions,
         )
 
-    def describe(self, observation: Observation, update_size: int) -> dict[str, Any]:
-        size = sum(p.numel() for p in self.image_model(observation, update_size).parameters())
-        return {"generator_channels": self.resolved_channels(observation, update_size), "generator_parameters": size}
+    def describe(self, problem: Problem, image_model: nn.Module) -> dict[str, Any]:
+        assert isinstance(image_model, CINet)
+        size = sum(p.numel() for p in image_model.parameters())
+        return {"generator_channels": image_model.channels, "generator_parameters": size}
 
 
 PRESETS: dict[str, tuple[Attack, str]] = {

@@ -2,36 +2,78 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from gradleak.distance import DistanceName
-from gradleak.observation import Observation
 from gradleak.vjp import EngineName
 
-Schedule = Literal["constant", "cosine"]
+if TYPE_CHECKING:
+    from gradleak.client import FedSGD
+    from gradleak.observation import Observation, Update
+
+Schedule = Literal["constant", "cosine", "step"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What an attack may look at: the server's side only.
+
+    Attributes:
+        observation: What the server holds.
+        client: The operator A at the observed weights, on the device and in the precision of the run.
+        observed: g* there, name -> tensor.
+        labels: B labels that the attack uses, there.
+    """
+
+    observation: Observation
+    client: FedSGD
+    observed: Update
+    labels: Tensor
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.observation.batch
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.observation.image_shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Some rounds of one optimiser with its learning-rate schedule."""
+
+    rounds: int
+    optimiser: torch.optim.Optimizer
+    schedule: LambdaLR
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Attack:
-    """The settings that every attack has; a subclass adds its image model.
+    """The settings that every attack has; a subclass adds its image model, and what else it needs.
 
     Attributes:
         rounds: T, number of steps.
         distance: ``cosine`` (Eq. 3) or ``squared-l2`` (Eq. 2).
-        optimiser: ``adam`` or ``sgd`` (plain descent).
+        optimiser: ``adam``, ``sgd`` (plain descent) or ``lbfgs`` (a round is one call: up to twenty evaluations).
         signed: Feed the optimiser the sign of the gradient.
         learning_rate: eta.
-        schedule: ``constant``, or ``cosine`` from eta to zero over all rounds.
+        schedule: ``constant``; ``cosine`` from eta to zero over all rounds; ``step``: a tenth after 3/8, 5/8 and 7/8.
         engine: Transpose of the client operator: ``auto`` (self-checking secant), ``secant``, ``exact``.
         precision: ``float32`` or ``float64``.
         patience: Stop after so many rounds in which the best loss fell by less than 1 %; None: never.
+        repeat: Restarts with other seeds; the one with the least matching loss is kept.
         snapshots: How many intermediate reconstructions are kept.
     """
 
@@ -39,37 +81,51 @@ class Attack:
 
     rounds: int = Field(1000, ge=1)
     distance: DistanceName = "cosine"
-    optimiser: Literal["adam", "sgd"] = "adam"
+    optimiser: Literal["adam", "sgd", "lbfgs"] = "adam"
     signed: bool = True
     learning_rate: float = Field(5e-3, gt=0)
     schedule: Schedule = "cosine"
     engine: EngineName = "auto"
     precision: Literal["float32", "float64"] = "float32"
     patience: int | None = Field(None, ge=1)
+    repeat: int = Field(1, ge=1)
     snapshots: int = Field(12, ge=0, le=64)
 
-    def image_model(self, observation: Observation, update_size: int) -> nn.Module:
-        """A module whose ``forward()`` gives the images, B x C x H x W, from trainable parameters.
-
-        Args:
-            observation: What the server holds.
-            update_size: P(F), number of scalars in the update.
-        """
+    def image_model(self, problem: Problem) -> nn.Module:
+        """A module whose ``forward()`` gives the images, B x C x H x W, from trainable parameters."""
         raise NotImplementedError
 
-    def stepper(self, image_model: nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """The optimiser of the image model's parameters, and its learning-rate schedule."""
-        parameters = [p for p in image_model.parameters() if p.requires_grad]
-        optimiser: torch.optim.Optimizer
-        if self.optimiser == "adam":
-            optimiser = torch.optim.Adam(parameters, lr=self.learning_rate)
-        else:
-            optimiser = torch.optim.SGD(parameters, lr=self.learning_rate)
-        factor: Callable[[int], float] = lambda t: 1.0  # noqa: E731
-        if self.schedule == "cosine":
-            factor = lambda t: (1 + math.cos(math.pi * min(t / self.rounds, 1))) / 2  # noqa: E731
-        return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+    def prior(self, images: Tensor, problem: Problem) -> Tensor | None:
+        """A differentiable scalar that is added to the matching loss, or None."""
+        return None
 
-    def describe(self, observation: Observation, update_size: int) -> dict[str, Any]:
+    def project(self, image_model: nn.Module) -> None:
+        """Put the parameters back into their set (a box, say) after a step."""
+
+    def phases(self, image_model: nn.Module) -> list[Phase]:
+        """What is optimised, in which order; one phase over all parameters unless a subclass says otherwise."""
+        return [self.phase(list(image_model.parameters()), self.rounds)]
+
+    def phase(self, parameters: list[nn.Parameter], rounds: int, *, learning_rate: float | None = None) -> Phase:
+        """The optimiser and schedule of these settings for some parameters."""
+        eta = self.learning_rate if learning_rate is None else learning_rate
+        optimisers: dict[str, Callable[[], torch.optim.Optimizer]] = {
+            "adam": lambda: torch.optim.Adam(parameters, lr=eta),
+            "sgd": lambda: torch.optim.SGD(parameters, lr=eta),
+            "lbfgs": lambda: torch.optim.LBFGS(parameters, lr=eta),
+        }
+        optimiser = optimisers[self.optimiser]()
+        return Phase(rounds, optimiser, LambdaLR(optimiser, schedule_factor(self.schedule, rounds)))
+
+    def describe(self, problem: Problem, image_model: nn.Module) -> dict[str, Any]:
         """What a report should say of this attack beside its settings, for example the generator's size."""
         return {}
+
+
+def schedule_factor(schedule: Schedule, rounds: int) -> Callable[[int], float]:
+    """The learning rate over eta, as a function of the number of rounds done."""
+    if schedule == "cosine":
+        return lambda t: (1 + math.cos(math.pi * min(t / rounds, 1))) / 2
+    if schedule == "step":
+        return lambda t: 0.1 ** sum(t >= rounds * k / 8 for k in (3, 5, 7))
+    return lambda t: 1.0

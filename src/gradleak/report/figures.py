@@ -120,7 +120,7 @@ def curve_svg(
         values: One per round; ``None``, NaN, infinite and (with ``log``) non-positive ones are left out.
         label: What it shows, for people who do not see it, and the prefix of identifiers inside.
         log: Logarithmic vertical axis.
-        top: Upper end of the vertical axis (1 for SSIM), which then starts at 0 at the latest.
+        top: Upper end of the vertical axis (1 for SSIM). An axis that is not logarithmic includes 0.
     """
     points = [(r, v) for r, v in zip(rounds, values, strict=True) if v is not None and math.isfinite(v) and (v > 0 or not log)]
     if not points:
@@ -144,13 +144,13 @@ def curve_svg(
         figure = Figure(figsize=(3.75, 2.4), layout="constrained")
         axes = figure.subplots()
         axes.plot(x, y, color=_ACCENT, linewidth=1.5, marker="o" if len(x) < 20 else "", markersize=3)
-        _plain(axes, log=log, top=top, lowest=min(y))
+        _plain(axes, log=log, bounds=(min(0.0, *y), 1.08 * max(y) if top is None else top))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _inline(buffer.getvalue(), label)
 
 
-def _plain(axes: Axes, *, log: bool, top: float | None, lowest: float) -> None:
+def _plain(axes: Axes, *, log: bool, bounds: tuple[float, float]) -> None:
     """Two axis lines, a faint grid, few ticks, plain numbers."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, axis="y", linewidth=0.8)
@@ -166,8 +166,8 @@ def _plain(axes: Axes, *, log: bool, top: float | None, lowest: float) -> None:
         narrow = high / low < 100  # ticks at powers of ten alone would then be one or none
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,), numticks=7))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value, plain=narrow and low > 0.001)))
-    elif top is not None:
-        axes.set_ylim(min(0.0, lowest), top)
+    else:
+        axes.set_ylim(bounds)
 
 
 def _power(value: float, *, plain: bool) -> str:

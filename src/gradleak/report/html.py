@@ -98,6 +98,7 @@ def render(data: ReportData) -> str:
         curves=_curves(data),
         comparison=_comparison(data.result, measured) if data.truth is not None else [],
         run=_run(data.result),
+        settings=_flat(data.result.get("attack") or {}),
         versions=_flat(data.result.get("versions") or {}),
     )
 
@@ -230,10 +231,9 @@ def _comparison(result: dict[str, Any], measured: list[_Metric]) -> list[tuple[s
 
 
 def _run(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """Settings and circumstances as rows of name and value."""
+    """How the run went, as rows of name and value."""
     cost, labels = result.get("cost") or {}, result.get("labels") or {}
-    rows = [(f"attack.{key}" if key != "name" else "attack", value) for key, value in _flat(result.get("attack") or {})]
-    for name, value in (
+    rows = (
         ("seed", result.get("seed")),
         ("device", result.get("device")),
         ("stopped", result.get("stopped")),
@@ -242,10 +242,8 @@ def _run(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("labels right", None if labels.get("accuracy") is None else f"{100 * labels['accuracy']:.4g} %"),
         ("time per round", None if cost.get("seconds_per_round") is None else _duration(cost["seconds_per_round"])),
         ("peak memory", None if cost.get("peak_memory_mb") is None else f"{cost['peak_memory_mb']:,.0f} MB"),
-    ):
-        if value is not None:
-            rows.append((name, str(value)))
-    return rows
+    )
+    return [(name, str(value)) for name, value in rows if value is not None]
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -271,7 +269,9 @@ def _number(value: Any, digits: int, unit: str = "") -> str:
 
 
 def _plain(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
 
 
 def _duration(seconds: float) -> str:
