@@ -20,6 +20,7 @@ from gradleak.spec import DataSpec
 def check(truth: Truth, batch: int, channels: int, size: int) -> None:
     assert truth.images.shape == (batch, channels, size, size)
     assert truth.images.dtype == torch.float32
+    assert truth.images.is_contiguous()
     assert truth.images.min() >= 0
     assert truth.images.max() <= 1
     assert truth.labels.shape == (batch,)

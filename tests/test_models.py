@@ -20,6 +20,12 @@ CIFAR = (3, 32, 32)
 SMALL = (3, 8, 8)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_threads: None) -> None:
+    """Threads that wait for each other cost more than these small tensors."""
+    torch.set_num_threads(1)
+
+
 def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.resources
 import math
 import os
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -19,6 +19,11 @@ from torch import Tensor
 from gradleak.errors import DataError, nearest
 from gradleak.observation import Truth
 from gradleak.spec import DataSpec
+
+if sys.version_info >= (3, 11):
+    from importlib.resources.abc import Traversable
+else:
+    from importlib.abc import Traversable
 
 Box = tuple[float, float, float]
 """A square of a photograph: (left, top, side) in units of the photograph's height."""
@@ -112,8 +117,7 @@ def _sample(spec: DataSpec) -> Truth:
     labels = [label for label, _ in chosen]
     photographs = {}
     for label in set(labels):
-        with (importlib.resources.files("skimage") / "data" / files[label]).open("rb") as stream:
-            photographs[label] = _decode(stream, files[label])
+        photographs[label] = _decode(importlib.resources.files("skimage") / "data" / files[label])
     images = []
     for label, (left, top, side) in chosen:
         photograph = photographs[label]
@@ -138,7 +142,7 @@ def _cifar(spec: DataSpec) -> Truth:
             f"holds {dataset.base_folder} with data.root, or use data.source = npz:PATH"
         ) from None
     rows = _rows(spec, len(data.data))
-    images = torch.from_numpy(data.data[rows.start : rows.stop]).permute(0, 3, 1, 2).float() / 255
+    images = torch.from_numpy(data.data[rows.start : rows.stop]).permute(0, 3, 1, 2).contiguous() / 255
     labels = data.targets[rows.start : rows.stop]
     return Truth(_fit(images, spec.size), torch.tensor(labels), tuple(data.classes[label] for label in labels))
 
@@ -155,8 +159,7 @@ def _folder(spec: DataSpec, root: Path) -> Truth:
     numbered = all(name.isdecimal() for name in classes)
     images, labels, names = [], [], []
     for file in [files[row] for row in _rows(spec, len(files))]:
-        with file.open("rb") as stream:
-            image = _decode(stream, str(file))
+        image = _decode(file)
         images.append(_resize(image, _centre(image.width, image.height), spec.size or 224))
         name = file.relative_to(root).parts[0]
         labels.append(int(name) if numbered else classes.index(name))
@@ -233,16 +236,16 @@ def _rows(spec: DataSpec, count: int) -> range:
     return range(spec.start, stop)
 
 
-def _decode(stream: IO[bytes], name: str) -> Image.Image:
+def _decode(file: Traversable) -> Image.Image:
     try:
-        with Image.open(stream) as image:
+        with file.open("rb") as stream, Image.open(stream) as image:
             if image.mode.startswith(("I", "F")):
-                raise DataError(f"{name}: more than 8 bits a channel (mode {image.mode}); convert it to 8 bits first")
+                raise DataError(f"{file}: more than 8 bits a channel (mode {image.mode}); convert it to 8 bits first")
             return image.convert("RGB")
     except DataError:
         raise
     except Exception as cause:  # Pillow's decoders raise many kinds on damaged files
-        raise DataError(f"{name}: not a readable image: {type(cause).__name__}: {cause}") from None
+        raise DataError(f"{file}: not a readable image: {type(cause).__name__}: {cause}") from None
 
 
 def _centre(width: int, height: int) -> tuple[float, float, float, float]:
@@ -255,7 +258,7 @@ def _centre(width: int, height: int) -> tuple[float, float, float, float]:
 def _resize(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Tensor:
     """A square of an RGB photograph as 3 x size x size in [0, 1]."""
     pixels = np.array(image.resize((size, size), Image.Resampling.LANCZOS, box=box))
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous() / 255
 
 
 def _fit(images: Tensor, size: int | None) -> Tensor:

@@ -19,9 +19,13 @@ from gradleak.attacks import Attack, Problem
 from gradleak.client import FedSGD
 from gradleak.distance import DISTANCES
 from gradleak.errors import DivergedError
+from gradleak.invariance import bright_gain, gain_sensitivity
 from gradleak.labels import Labels
 from gradleak.observation import Observation
 from gradleak.vjp import SelfChecking, engine
+
+#: Below this sensitivity the update does not tell the gain of the images.
+GAIN_BLIND = 0.02
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Reconstruction:
     """What an attack rebuilt, and what it cost.
 
     Attributes:
-        images: B x C x H x W, in [0, 1], of the round with the least matching loss.
+        images: B x C x H x W, in [0, 1], of the round with the least matching loss; its gain as ``notes`` says.
         labels: The labels the attack used, and the rule that gave them.
         matching_loss: The least matching loss.
         best_round: Its round, counted from 1.
@@ -169,6 +173,12 @@ def _run(problem: Problem, attack: Attack, labels: Labels, *, seed: int, progres
         best.offer(loss, images)
         best.round_done(len(history) + 1)
     notes = attack.describe(problem, image_model)
+    images = best.images.clamp(0, 1)
+    sensitivity = gain_sensitivity(client, images, y)
+    notes["gain"] = {"sensitivity": sensitivity, "applied": 1.0}
+    if attack.gain == "range" and sensitivity < GAIN_BLIND:
+        notes["gain"]["applied"] = bright_gain(images)
+        images = (images * notes["gain"]["applied"]).clamp(0, 1)
     if isinstance(transpose_engine, SelfChecking):
         notes["engine"] = {
             "in_use": "secant" if transpose_engine.trusted else "exact",
@@ -176,7 +186,7 @@ def _run(problem: Problem, attack: Attack, labels: Labels, *, seed: int, progres
             "relative_error": transpose_engine.error,
         }
     return Reconstruction(
-        images=best.images.clamp(0, 1).float().cpu(),
+        images=images.float().cpu(),
         labels=Labels(labels.values.cpu(), labels.rule),
         matching_loss=best.loss,
         best_round=best.round,

@@ -21,7 +21,7 @@ from gradleak.client import FedSGD, operator, simulate
 from gradleak.errors import ModelError, OutputError, SpecError
 from gradleak.evaluate import Evaluation, evaluate, mean_image_control, quality_over_rounds, verdict
 from gradleak.files import write_atomically
-from gradleak.invert import Reconstruction, invert, noise_update
+from gradleak.invert import GAIN_BLIND, Reconstruction, invert, noise_update
 from gradleak.labels import recover
 from gradleak.observation import Observation, Truth
 from gradleak.report import ReportData, write_report
@@ -259,7 +259,7 @@ def assumptions(
     repeats = int((counts - 1).clamp_min(0).sum())
     rule = reconstruction.labels.rule
     kinds = sorted({type(m).__name__ for m in client.model.modules() if type(m).__module__.endswith(".activation")})
-    coupled = client.has_batch_statistics
+    coupled, gain = client.has_batch_statistics, reconstruction.notes["gain"]
     rows = [
         ("Threat model", f"{key}: {LETTERS[key]}", "letters of Carletti et al., SoK, USENIX Security 2025"),
         ("Model and weights", "known to the server", "in federated learning the server sent them"),
@@ -270,10 +270,18 @@ def assumptions(
         (
             "Mode",
             observation.protocol.mode,
-            "batch norm uses the batch's own statistics: images are coupled, and the update hardly depends on their overall "
-            "brightness and contrast"
+            "batch norm uses the batch's own statistics, so the images of a batch are coupled"
             if coupled
             else "images are not coupled through batch statistics",
+        ),
+        (
+            "Gain of the images",
+            f"not told by the update (sensitivity {gain['sensitivity']:.1e})"
+            if gain["sensitivity"] < GAIN_BLIND
+            else f"told by the update (sensitivity {gain['sensitivity']:.2g})",
+            f"brightest values put at 1: multiplied by {gain['applied']:.3f}, without the truth"
+            if gain["applied"] != 1
+            else "reconstruction left as it ended",
         ),
         ("Activations of F", ", ".join(kinds) or "none as modules", "attacks of this kind are far stronger on smooth ones"),
         (

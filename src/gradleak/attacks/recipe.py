@@ -73,6 +73,8 @@ class Attack:
         engine: Transpose of the client operator: ``auto`` (self-checking secant), ``secant``, ``exact``.
         precision: ``float32`` or ``float64``.
         patience: Stop after so many rounds in which the best loss fell by less than 1 %; None: never.
+        gain: Where the update does not depend on the images' overall gain: ``range`` puts the brightest values at 1
+            (:func:`gradleak.invariance.bright_gain`), ``free`` leaves it where the optimiser ended.
         repeat: Restarts with other seeds; the one with the least matching loss is kept.
         snapshots: How many intermediate reconstructions are kept.
     """
@@ -88,6 +90,7 @@ class Attack:
     engine: EngineName = "auto"
     precision: Literal["float32", "float64"] = "float32"
     patience: int | None = Field(None, ge=1)
+    gain: Literal["range", "free"] = "range"
     repeat: int = Field(1, ge=1)
     snapshots: int = Field(12, ge=0, le=64)
 

@@ -144,7 +144,7 @@ def curve_svg(
         figure = Figure(figsize=(3.75, 2.4), layout="constrained")
         axes = figure.subplots()
         axes.plot(x, y, color=_ACCENT, linewidth=1.5, marker="o" if len(x) < 20 else "", markersize=3)
-        _plain(axes, log=log, bounds=(min(0.0, *y), 1.08 * max(y) if top is None else top))
+        _plain(axes, log=log, bounds=(min(0.0, *y), max(1.0, 1.08 * max(y)) if top is None else top))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _inline(buffer.getvalue(), label)
