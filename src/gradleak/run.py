@@ -23,6 +23,7 @@ from gradleak.evaluate import Evaluation, evaluate, mean_image_control, quality_
 from gradleak.files import write_atomically
 from gradleak.invert import GAIN_BLIND, Reconstruction, invert, noise_update
 from gradleak.labels import recover
+from gradleak.metrics import load_lpips
 from gradleak.observation import Observation, Truth
 from gradleak.report import ReportData, write_report
 from gradleak.spec import RunSpec, dump, override
@@ -167,6 +168,8 @@ def prepare(spec: RunSpec) -> tuple[Attack, torch.device]:
     """The recipe and the device of a specification; sets the number of CPU threads."""
     settings = {key: value for key, value in spec.attack.items() if key != "name"}
     recipe = attack(str(spec.attack["name"]), **settings)
+    if spec.evaluate.lpips not in ("auto", "off"):
+        load_lpips(spec.evaluate.lpips)  # a wrong file is found before the attack, not after it
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     return recipe, choose_device(spec.device)

@@ -44,7 +44,7 @@ class ModelSpec(_Table):
         "model", description="replace every activation of the model; 'model' leaves them"
     )
     weights: Path | None = Field(None, description="safetensors file with W; default: random initialisation")
-    seed: int = Field(0, ge=0, description="seed of the random initialisation")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the random initialisation")
     mean: list[float] | None = Field(None, description="channel means that the model subtracts from images in [0, 1]")
     std: list[float] | None = Field(None, description="channel deviations that the model divides by")
 
@@ -82,7 +82,7 @@ class EvaluateSpec(_Table):
 class RunSpec(_Table):
     """One audit: simulate a client, attack what it sends, evaluate."""
 
-    seed: int = Field(0, ge=0, description="seed of the attack")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the attack")
     device: str = Field("auto", description="auto | cpu | cuda | cuda:N | mps")
     threads: int | None = Field(None, ge=1, description="CPU threads (default: torch's own choice)")
     data: DataSpec = DataSpec()

@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gradleak.errors import GradleakError, ObservationError, OutputError
+from gradleak.errors import GradleakError, ObservationError
+from gradleak.files import write_atomically
 
 MAX_HEADER_BYTES = 100_000_000
 
@@ -57,17 +58,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     # separate contiguous copies: the format has no views and no shared storage
     copies = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            for part in _encode(copies, metadata):
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as cause:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written: {cause.strerror or cause}") from None
+    write_atomically(path, _encode(copies, metadata))
 
 
 def check_state(
