@@ -99,6 +99,26 @@ class FedSGD:
         """A(x, y) and the transpose of its derivative at x, by an engine of :mod:`gradleak.vjp`."""
         return engine(lambda weights, x: self.loss(weights, x, labels), self.weights, images)
 
+    def joint_vjp(
+        self, images: Tensor, labels: Tensor, *, engine: Engine = exact
+    ) -> tuple[Update, Callable[[Update], tuple[Tensor, Tensor]]]:
+        """A(x, y) for soft labels y (B x classes, rows summing to 1), and the transpose with respect to both (DLG).
+
+        Returns:
+            The update, and a function from its cotangent to those of images and labels.
+        """
+        sizes = [images[0].numel(), labels[0].numel()]
+
+        def split(packed: Tensor) -> tuple[Tensor, Tensor]:
+            x, y = packed.split(sizes, dim=1)
+            return x.reshape(images.shape), y.reshape(labels.shape)
+
+        def loss(weights: Mapping[str, Tensor], packed: Tensor) -> Tensor:
+            return self.loss(weights, *split(packed))
+
+        update, transpose = engine(loss, self.weights, torch.cat([images.flatten(1), labels.flatten(1)], dim=1))
+        return update, lambda cotangent: split(transpose(cotangent))
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> FedSGD:
         """The same operator on another device or in another precision (float64 for reference computations)."""
         model = copy.deepcopy(self.model).to(device=device, dtype=dtype)

@@ -92,8 +92,31 @@ def invert(
         observed={name: t.to(device, dtype) for name, t in observation.update.items()},
         labels=labels.values.to(device),
     )
+    start = time.perf_counter()
+    images = attack.closed_form(problem)
+    if images is not None:
+        return _without_loop(problem, attack, labels, images, seconds=time.perf_counter() - start)
     runs = [_run(problem, attack, labels, seed=seed + k, progress=progress) for k in range(attack.repeat)]
     return min(runs, key=lambda run: run.matching_loss)
+
+
+def _without_loop(problem: Problem, attack: Attack, labels: Labels, images: Tensor, *, seconds: float) -> Reconstruction:
+    """What a closed form computed, with the matching loss that it reaches."""
+    loss, _ = DISTANCES[attack.distance](problem.client(images, problem.labels), problem.observed)
+    return Reconstruction(
+        images=images.clamp(0, 1).float().cpu(),
+        labels=Labels(labels.values.cpu(), labels.rule),
+        matching_loss=loss,
+        best_round=1,
+        rounds=1,
+        seconds=seconds,
+        stopped="computed in closed form",
+        history=[{"round": 1, "loss": loss, "learning_rate": 0.0, "seconds": seconds}],
+        snapshots=torch.empty(0),
+        snapshot_rounds=[],
+        peak_memory_mb=peak_memory_mb(images.device),
+        notes={"gain": {"sensitivity": gain_sensitivity(problem.client, images, problem.labels), "applied": 1.0}},
+    )
 
 
 class _NotFinite(Exception):
@@ -112,26 +135,44 @@ def _run(problem: Problem, attack: Attack, labels: Labels, *, seed: int, progres
     best = _Best()
     images = torch.empty(0)
 
+    def match(member: Tensor) -> tuple[float, Tensor]:
+        """The matching loss of one member's images, and its cotangent with respect to them."""
+        if attack.joint_labels:
+            soft = image_model.labels()
+            update, both = client.joint_vjp(member, soft, engine=transpose_engine)
+        else:
+            update, transpose = client.vjp(member, y, engine=transpose_engine)
+        loss, cotangent = distance(update, observed)
+        if not math.isfinite(loss):
+            raise _NotFinite(loss)
+        if not attack.joint_labels:
+            best.offer(loss, member, y)
+            return loss, transpose(cotangent)
+        best.offer(loss, member, soft.argmax(1))
+        image_cotangent, label_cotangent = both(cotangent)
+        soft.backward(label_cotangent)
+        return loss, image_cotangent
+
     def evaluate(parameters: list[nn.Parameter]) -> float:
         """The matching loss at the present parameters, and the gradient of loss plus prior in their ``grad``."""
         nonlocal images
         for p in image_model.parameters():
             p.grad = None
         images = image_model()
-        update, transpose = client.vjp(images, y, engine=transpose_engine)
-        loss, cotangent = distance(update, observed)
-        if not math.isfinite(loss):
-            raise _NotFinite(loss)
-        best.offer(loss, images)
         penalty = attack.prior(images, problem)
         if penalty is not None:
             penalty.backward(retain_graph=True)
-        images.backward(transpose(cotangent))
+        losses, cotangents = [], []
+        for member in images.split(problem.batch):
+            loss, cotangent = match(member)
+            losses.append(loss)
+            cotangents.append(cotangent)
+        images.backward(torch.cat(cotangents))
         if attack.signed:
             for p in parameters:
                 if p.grad is not None:
                     p.grad.sign_()
-        return loss
+        return min(losses)
 
     history: list[dict[str, float]] = []
     snapshots: dict[int, Tensor] = {}
@@ -161,20 +202,22 @@ def _run(problem: Problem, attack: Attack, labels: Labels, *, seed: int, progres
             best.round_done(t)
             history.append({"round": t, "loss": loss, "learning_rate": rate, "seconds": time.perf_counter() - start})
             if t in keep:
-                snapshots[t] = _eight_bit(images)
+                snapshots[t] = _eight_bit(images[: problem.batch])
             report(t, loss)
             if attack.patience is not None and t - best.last_gain >= attack.patience:
                 stopped = f"plateau: the matching loss fell by less than 1 % in {attack.patience} rounds"
                 break
-    with torch.no_grad():
+    with torch.no_grad():  # the last step's result has not been looked at yet
         images = image_model()
-    loss, _ = distance(client(images, y), observed)  # the last step's result has not been looked at yet
-    if math.isfinite(loss):
-        best.offer(loss, images)
-        best.round_done(len(history) + 1)
+        y = image_model.labels() if attack.joint_labels else y
+    for member in images.split(problem.batch):
+        loss, _ = distance(client(member, y), observed)
+        if math.isfinite(loss):
+            best.offer(loss, member, y.argmax(1) if attack.joint_labels else y)
+    best.round_done(len(history) + 1)
     notes = attack.describe(problem, image_model)
     images = best.images.clamp(0, 1)
-    sensitivity = gain_sensitivity(client, images, y)
+    sensitivity = gain_sensitivity(client, images, best.labels)
     notes["gain"] = {"sensitivity": sensitivity, "applied": 1.0}
     if attack.gain == "range" and sensitivity < GAIN_BLIND:
         notes["gain"]["applied"] = bright_gain(images)
@@ -187,7 +230,7 @@ def _run(problem: Problem, attack: Attack, labels: Labels, *, seed: int, progres
         }
     return Reconstruction(
         images=images.float().cpu(),
-        labels=Labels(labels.values.cpu(), labels.rule),
+        labels=Labels(best.labels.cpu(), "joint" if attack.joint_labels else labels.rule),
         matching_loss=best.loss,
         best_round=best.round,
         rounds=len(history),
@@ -205,12 +248,13 @@ class _Best:
     """The iterate with the least matching loss, and when the loss last fell by at least 1 %."""
 
     def __init__(self) -> None:
-        self.loss, self.round, self.images = math.inf, 0, torch.empty(0)
+        self.loss, self.round, self.images, self.labels = math.inf, 0, torch.empty(0), torch.empty(0)
         self.last_gain, self._goal, self._new = 0, math.inf, False
 
-    def offer(self, loss: float, images: Tensor) -> None:
+    def offer(self, loss: float, images: Tensor, labels: Tensor) -> None:
         if loss < self.loss:
-            self.loss, self.images, self._new = loss, images.detach().clone(), True
+            self.loss, self._new = loss, True
+            self.images, self.labels = images.detach().clone(), labels.detach().clone()
 
     def round_done(self, t: int) -> None:
         if self._new:

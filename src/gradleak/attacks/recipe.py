@@ -64,6 +64,8 @@ class Attack:
     """The settings that every attack has; a subclass adds its image model, and what else it needs.
 
     Attributes:
+        requires: What the threat model must grant (:data:`gradleak.threat.GRANTS`).
+        joint_labels: Whether the labels are optimised together with the images.
         rounds: T, number of steps.
         distance: ``cosine`` (Eq. 3) or ``squared-l2`` (Eq. 2).
         optimiser: ``adam``, ``sgd`` (plain descent) or ``lbfgs`` (a round is one call: up to twenty evaluations).
@@ -75,11 +77,13 @@ class Attack:
         patience: Stop after so many rounds in which the best loss fell by less than 1 %; None: never.
         gain: Where the update does not depend on the images' overall gain: ``range`` puts the brightest values at 1
             (:func:`gradleak.invariance.bright_gain`), ``free`` leaves it where the optimiser ended.
+        group: Members with other seeds that are fitted side by side; the one with the least matching loss is kept.
         repeat: Restarts with other seeds; the one with the least matching loss is kept.
         snapshots: How many intermediate reconstructions are kept.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
+    joint_labels: ClassVar[bool] = False
 
     rounds: int = Field(1000, ge=1)
     distance: DistanceName = "cosine"
@@ -91,11 +95,19 @@ class Attack:
     precision: Literal["float32", "float64"] = "float32"
     patience: int | None = Field(None, ge=1)
     gain: Literal["range", "free"] = "range"
+    group: int = Field(1, ge=1)
     repeat: int = Field(1, ge=1)
     snapshots: int = Field(12, ge=0, le=64)
 
+    def closed_form(self, problem: Problem) -> Tensor | None:
+        """The images, B x C x H x W, where they can be computed without a loop; None where they are fitted."""
+        return None
+
     def image_model(self, problem: Problem) -> nn.Module:
-        """A module whose ``forward()`` gives the images, B x C x H x W, from trainable parameters."""
+        """A module whose ``forward()`` gives the images, (group B) x C x H x W, from trainable parameters.
+
+        Where ``joint_labels`` holds, it also has a method ``labels()``: B x classes, non-negative, rows summing to 1.
+        """
         raise NotImplementedError
 
     def prior(self, images: Tensor, problem: Problem) -> Tensor | None:
