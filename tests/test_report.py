@@ -240,6 +240,14 @@ def test_foreign_text_shows_literally() -> None:
     assert html.count("alert(") == html.count("alert(1)&gt;") + html.count("alert(2)&lt;") + html.count("alert(3)&lt;")
 
 
+def test_names_may_be_any_text(tmp_path: Path) -> None:
+    data = report_data(4, names=("\udcff.png", "two\nlines", "a" * 300, "漢字"))
+    data.result["command"] = "gradleak \udcff"
+    write_report(tmp_path, data)
+    page = Page((tmp_path / "report.html").read_text("utf-8"))
+    assert all(name in page.text for name in ("?.png", "two lines", "a" * 300, "漢字"))
+
+
 def shown_order(html: str) -> list[int]:
     return [int(i) for i in re.findall(r'<figure class="card" id="image-(\d+)"', html)]
 

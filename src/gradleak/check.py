@@ -61,7 +61,7 @@ def check(spec: RunSpec) -> Check:
     """Simulate the client, run two rounds of the attack, and say what a whole run would take."""
     recipe, device = prepare(spec)
     client = simulate_client(spec)
-    trial = dataclasses.replace(recipe, rounds=2, snapshots=0)
+    trial = dataclasses.replace(recipe, rounds=2, snapshots=0, repeat=1)
     reconstruction = attack_observation(client.observation, client.model, trial, spec, device, progress=False)
     first, second = (row["seconds"] for row in reconstruction.history)
     return Check(

@@ -67,8 +67,8 @@ class CINet(nn.Module):
     r"""The generator :math:`x = G(z_0, \theta)`: one fixed latent for each image, one :math:`\theta` for the batch.
 
     A 4x4 transposed convolution turns the latent into ``channels`` maps; blocks at 4, 8, 16, 32 (64, 128, 256) pixels
-    follow, each after doubling the size; a 1x1 convolution gives the image. Sizes other than 4 * 2^k, and rectangles,
-    are made one doubling larger than needed and cropped at the centre.
+    follow, each after doubling the size; a 1x1 convolution gives the image. Other sizes and rectangles start
+    from a stem of ceil(H / 2^k) x ceil(W / 2^k) and are cropped at the centre.
 
     Args:
         batch: B, number of images.

@@ -9,7 +9,7 @@ from pathlib import Path
 from gradleak.errors import OutputError
 
 
-def write_atomically(path: Path, parts: Iterable[bytes] | str) -> None:
+def write_atomically(path: Path, parts: Iterable[bytes | memoryview] | str) -> None:
     """Replace ``path`` by the concatenation of ``parts`` (or by a text as UTF-8), readable by its owner only.
 
     Args:
@@ -19,7 +19,7 @@ def write_atomically(path: Path, parts: Iterable[bytes] | str) -> None:
     Raises:
         OutputError: The folder is missing, full or not writable; the old content is still there.
     """
-    pieces = [parts.encode()] if isinstance(parts, str) else parts
+    pieces: Iterable[bytes | memoryview] = [parts.encode()] if isinstance(parts, str) else parts
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,8 +115,14 @@ def _without_loop(problem: Problem, attack: Attack, labels: Labels, images: Tens
         snapshots=torch.empty(0),
         snapshot_rounds=[],
         peak_memory_mb=peak_memory_mb(images.device),
-        notes={"gain": {"sensitivity": gain_sensitivity(problem.client, images, problem.labels), "applied": 1.0}},
+        notes={"gain_check": {"sensitivity": gain_sensitivity(problem.client, images, problem.labels), "applied": 1.0}},
     )
+
+
+def soft_labels(image_model: nn.Module) -> Tensor:
+    """The labels that an image model with ``joint_labels`` optimises: B x classes, rows summing to 1."""
+    labels: Callable[[], Tensor] = image_model.labels  # type: ignore[assignment]
+    return labels()
 
 
 class _NotFinite(Exception):
@@ -138,7 +144,7 @@ def _run(problem: Problem, attack: Attack, labels: Labels, *, seed: int, progres
     def match(member: Tensor) -> tuple[float, Tensor]:
         """The matching loss of one member's images, and its cotangent with respect to them."""
         if attack.joint_labels:
-            soft = image_model.labels()
+            soft = soft_labels(image_model)
             update, both = client.joint_vjp(member, soft, engine=transpose_engine)
         else:
             update, transpose = client.vjp(member, y, engine=transpose_engine)
@@ -188,7 +194,7 @@ def _run(problem: Problem, attack: Attack, labels: Labels, *, seed: int, progres
             parameters = [p for group in phase.optimiser.param_groups for p in group["params"]]
             rate = phase.optimiser.param_groups[0]["lr"]
             try:
-                loss = float(phase.optimiser.step(lambda: evaluate(parameters)))  # type: ignore[arg-type, call-overload]  # noqa: B023
+                loss = float(phase.optimiser.step(lambda: evaluate(parameters)))  # noqa: B023
             except _NotFinite as fault:
                 if not history:
                     raise DivergedError(
@@ -202,14 +208,14 @@ def _run(problem: Problem, attack: Attack, labels: Labels, *, seed: int, progres
             best.round_done(t)
             history.append({"round": t, "loss": loss, "learning_rate": rate, "seconds": time.perf_counter() - start})
             if t in keep:
-                snapshots[t] = _eight_bit(images[: problem.batch])
+                snapshots[t] = images[: problem.batch].detach().half().cpu()
             report(t, loss)
             if attack.patience is not None and t - best.last_gain >= attack.patience:
                 stopped = f"plateau: the matching loss fell by less than 1 % in {attack.patience} rounds"
                 break
     with torch.no_grad():  # the last step's result has not been looked at yet
         images = image_model()
-        y = image_model.labels() if attack.joint_labels else y
+        y = soft_labels(image_model) if attack.joint_labels else y
     for member in images.split(problem.batch):
         loss, _ = distance(client(member, y), observed)
         if math.isfinite(loss):
@@ -218,12 +224,11 @@ def _run(problem: Problem, attack: Attack, labels: Labels, *, seed: int, progres
     notes = attack.describe(problem, image_model)
     images = best.images.clamp(0, 1)
     sensitivity = gain_sensitivity(client, images, best.labels)
-    notes["gain"] = {"sensitivity": sensitivity, "applied": 1.0}
-    if attack.gain == "range" and sensitivity < GAIN_BLIND:
-        notes["gain"]["applied"] = bright_gain(images)
-        images = (images * notes["gain"]["applied"]).clamp(0, 1)
+    gain = bright_gain(images) if attack.gain == "range" and sensitivity < GAIN_BLIND else 1.0
+    images = (gain * images).clamp(0, 1)
+    notes["gain_check"] = {"sensitivity": sensitivity, "applied": gain}
     if isinstance(transpose_engine, SelfChecking):
-        notes["engine"] = {
+        notes["engine_check"] = {
             "in_use": "secant" if transpose_engine.trusted else "exact",
             "step": transpose_engine.step,
             "relative_error": transpose_engine.error,
@@ -237,7 +242,7 @@ def _run(problem: Problem, attack: Attack, labels: Labels, *, seed: int, progres
         seconds=time.perf_counter() - start,
         stopped=stopped,
         history=history,
-        snapshots=torch.stack(list(snapshots.values())) if snapshots else torch.empty(0),
+        snapshots=torch.stack([_eight_bit(gain * x) for x in snapshots.values()]) if snapshots else torch.empty(0),
         snapshot_rounds=list(snapshots),
         peak_memory_mb=peak_memory_mb(device),
         notes=notes,
@@ -266,7 +271,7 @@ class _Best:
 def noise_update(observation: Observation, *, seed: int = 0) -> Observation:
     """The control: the same observation with Gaussian noise in place of the update, each tensor of the same norm.
 
-    An attack that still "reconstructs" something from it shows its prior, not the client's images (SPEC section 7).
+    An attack that still "reconstructs" something from it shows its prior, not the client's images.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = {name: torch.randn(t.shape, generator=generator).to(t) for name, t in observation.update.items()}
@@ -294,7 +299,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def _eight_bit(images: Tensor) -> Tensor:
-    return images.detach().clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+    return images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 @contextmanager

@@ -255,14 +255,14 @@ def describe(
 def assumptions(
     spec: RunSpec, observation: Observation, client: FedSGD, reconstruction: Reconstruction
 ) -> list[dict[str, str]]:
-    """The assumptions box (SPEC section 7, point 4): what the attacker was granted, and what F and the batch were."""
+    """The assumptions box: what the attacker was granted, and what F and the batch were."""
     key = letter(observation)
     unknowns = observation.batch * observation.image_shape[0] * observation.image_shape[1] * observation.image_shape[2]
     counts = torch.bincount(reconstruction.labels.values)
     repeats = int((counts - 1).clamp_min(0).sum())
     rule = reconstruction.labels.rule
     kinds = sorted({type(m).__name__ for m in client.model.modules() if type(m).__module__.endswith(".activation")})
-    coupled, gain = client.has_batch_statistics, reconstruction.notes["gain"]
+    coupled, gain = client.has_batch_statistics, reconstruction.notes["gain_check"]
     rows = [
         ("Threat model", f"{key}: {LETTERS[key]}", "letters of Carletti et al., SoK, USENIX Security 2025"),
         ("Model and weights", "known to the server", "in federated learning the server sent them"),

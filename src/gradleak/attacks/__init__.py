@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from gradleak.attacks import cinet
+from gradleak.attacks import cinet, dlg, gradinversion, inverting_gradients
 from gradleak.attacks.cinet import CINetAttack
 from gradleak.attacks.recipe import Attack, Problem
 from gradleak.errors import SpecError, nearest
@@ -15,7 +15,12 @@ from gradleak.errors import SpecError, nearest
 __all__ = ["ATTACKS", "Attack", "CINetAttack", "Problem", "attack", "available"]
 
 #: name -> (recipe, one line about it)
-ATTACKS: dict[str, tuple[Attack, str]] = {**cinet.PRESETS}
+ATTACKS: dict[str, tuple[Attack, str]] = {
+    **cinet.PRESETS,
+    **dlg.PRESETS,
+    **gradinversion.PRESETS,
+    **inverting_gradients.PRESETS,
+}
 
 
 def attack(name: str, **settings: Any) -> Attack:

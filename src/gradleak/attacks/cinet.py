@@ -35,15 +35,15 @@ class CINetAttack(Attack):
     fastest good recipe, ``cinet``: Adam on signs with cosine decay, SiLU, sigmoid output, no spectral norm.
     """
 
-    channels: int | ChannelRule = Field("auto", union_mode="left_to_right")
-    latent: int = Field(128, ge=1)
+    channels: int | ChannelRule = Field(default="auto", union_mode="left_to_right")
+    latent: int = Field(default=128, ge=1)
     interpolation: Interpolation = "nearest"
     normalisation: Normalisation = "none"
     activation: Activation = "silu"
     output: OutputRange = "sigmoid"
     output_layer: OutputLayer = "single"
     residual: bool = False
-    convolutions: int = Field(2, ge=1, le=8)
+    convolutions: int = Field(default=2, ge=1, le=8)
 
     def image_model(self, problem: Problem) -> CINet:
         channels = self.channels

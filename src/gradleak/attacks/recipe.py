@@ -85,19 +85,19 @@ class Attack:
     requires: ClassVar[frozenset[str]] = frozenset()
     joint_labels: ClassVar[bool] = False
 
-    rounds: int = Field(1000, ge=1)
+    rounds: int = Field(default=1000, ge=1)
     distance: DistanceName = "cosine"
     optimiser: Literal["adam", "sgd", "lbfgs"] = "adam"
     signed: bool = True
-    learning_rate: float = Field(5e-3, gt=0)
+    learning_rate: float = Field(default=5e-3, gt=0)
     schedule: Schedule = "cosine"
     engine: EngineName = "auto"
     precision: Literal["float32", "float64"] = "float32"
-    patience: int | None = Field(None, ge=1)
+    patience: int | None = Field(default=None, ge=1)
     gain: Literal["range", "free"] = "range"
-    group: int = Field(1, ge=1)
-    repeat: int = Field(1, ge=1)
-    snapshots: int = Field(12, ge=0, le=64)
+    group: int = Field(default=1, ge=1)
+    repeat: int = Field(default=1, ge=1)
+    snapshots: int = Field(default=12, ge=0, le=64)
 
     def closed_form(self, problem: Problem) -> Tensor | None:
         """The images, B x C x H x W, where they can be computed without a loop; None where they are fitted."""

@@ -115,7 +115,7 @@ def write_report(folder: Path, data: ReportData) -> None:
     truth = None if data.truth is None else data.truth.images[order]
     rebuilt = data.images[[_assignment(data)[i] for i in order]]
     grid_png(folder / "grid.png", truth, rebuilt, captions=captions)
-    write_atomically(folder / "report.html", render(data))
+    write_atomically(folder / "report.html", [render(data).encode("utf-8", "replace")])
 
 
 def _assignment(data: ReportData) -> list[int]:
@@ -130,11 +130,11 @@ def _best_first(data: ReportData) -> list[_Picture]:
     per_image = (data.result.get("per_image") or {}) if data.truth is not None else {}
     pictures = []
     for i, j in enumerate(_assignment(data)):
-        values = {m.key: _finite(per_image[m.key][i]) if per_image.get(m.key) else None for m in _METRICS}
+        values = {m.key: _known(per_image[m.key][i]) if per_image.get(m.key) else None for m in _METRICS}
         if data.truth is None:
             pictures.append(_Picture(i, f"image {i}", None, None, data.images[j], values))
         else:
-            name = " ".join(data.truth.names[i].split()) if i < len(data.truth.names) else f"image {i}"
+            name = _one_line(data.truth.names[i]) if i < len(data.truth.names) else f"image {i}"
             label = int(data.truth.labels[i])
             pictures.append(_Picture(i, name, label, data.truth.images[i], data.images[j], values))
     if measured := _measured(pictures):
@@ -158,9 +158,9 @@ def _tiles(data: ReportData, measured: list[_Metric]) -> list[dict[str, str]]:
                 note = m.better if m in measured else str(notes[m.key])
                 tiles.append({"name": f"mean {m.name}", "value": _number(row.get("mean"), m.digits, m.unit), "note": note})
         worst = (metrics.get("ssim") or {}).get("worst")
-        if _finite(worst) is not None:
+        if _known(worst) is not None:
             tiles.append({"name": "worst SSIM", "value": _number(worst, 3), "note": "of all images"})
-    elif _finite(result.get("matching_loss")) is not None:
+    elif _known(result.get("matching_loss")) is not None:
         tiles.append({"name": "matching loss", "value": _plain(result["matching_loss"]), "note": "0 fits the update"})
     cost = result.get("cost") or {}
     if cost.get("rounds") is not None:
@@ -256,13 +256,18 @@ def _flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _finite(value: Any) -> float | None:
+def _known(value: Any) -> float | None:
     """A number to show, or ``None`` for what was not measured (``None``, NaN)."""
     return None if value is None or math.isnan(value) else float(value)
 
 
+def _one_line(text: str) -> str:
+    """Without line breaks, and without the lone surrogates of file names that are not UTF-8."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
+
+
 def _number(value: Any, digits: int, unit: str = "") -> str:
-    value = _finite(value)
+    value = _known(value)
     if value is None:
         return "–"
     return "∞" if math.isinf(value) else f"{value:.{digits}f}{unit}"

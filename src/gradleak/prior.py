@@ -1,0 +1,124 @@
+"""What is expected of photographs beside the update: scalars that are added to the matching loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from gradleak.client import FedSGD
+from gradleak.matching import assign
+
+Statistics = Mapping[str, tuple[Tensor, Tensor]]
+"""Name of a batch norm layer -> mean and variance of its input over batch and space, one number per channel."""
+
+
+def total_variation(images: Tensor) -> Tensor:
+    r"""Anisotropic total variation: the mean absolute difference of neighbours, across plus down.
+
+    :math:`\mathrm{TV}(x) = \overline{|x_{h, w+1} - x_{h, w}|} + \overline{|x_{h+1, w} - x_{h, w}|}`, means over images,
+    channels and pairs, as Geiping et al. (2020) compute it. :math:`\mathrm{TV}(a x + b) = |a|\, \mathrm{TV}(x)`.
+
+    Args:
+        images: B x C x H x W, H and W at least 2; any range.
+
+    Returns:
+        A scalar, in [0, 2] for images in [0, 1]; 0 for constant images.
+    """
+    return images.diff(dim=3).abs().mean() + images.diff(dim=2).abs().mean()
+
+
+def squared_norm(images: Tensor) -> Tensor:
+    r"""Mean over the images of :math:`\|x_i\|^2`, the sum over an image's values: the l2 prior of Yin et al. (2021).
+
+    Args:
+        images: B x C x H x W.
+    """
+    return images.square().sum() / len(images)
+
+
+def batch_statistics(client: FedSGD, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    r"""Mean and variance per channel of what enters each batch norm layer of F, differentiable in the images.
+
+    :math:`\mu_l = \overline{h_l}, \quad \sigma_l^2 = \overline{(h_l - \mu_l)^2}` over batch and space; the variance is the
+    one that batch norm divides by (not Bessel-corrected).
+
+    Args:
+        client: The operator A, whose F and mode are used.
+        images: One client's batch, B x C x H x W.
+
+    Returns:
+        Name of the layer in F -> (mean, variance), each of shape (channels,).
+    """
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def record(name: str, h: Tensor) -> None:
+        over = [d for d in range(h.ndim) if d != 1]
+        seen[name] = h.mean(over), h.var(over, correction=0)
+
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0]))
+        for name, module in client.model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    try:
+        client.outputs(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def batch_norm_statistics(client: FedSGD, images: Tensor, target: Statistics) -> Tensor:
+    r"""How far the images' batch statistics are from the client's.
+
+    :math:`\sum_l \|\mu_l(x) - \mu_l^*\| + \sum_l \|\sigma_l^2(x) - \sigma_l^{2*}\|`  (Yin et al. 2021, Eq. 6). It takes one
+    more forward pass of F.
+
+    Args:
+        client: The operator A.
+        images: One client's batch, B x C x H x W.
+        target: The client's statistics of the layers to compare (:func:`batch_statistics`).
+
+    Returns:
+        A scalar; 0 for the client's own batch.
+    """
+    found = batch_statistics(client, images)
+    pairs = [(h, t) for name, wanted in target.items() for h, t in zip(found[name], wanted, strict=True)]
+    return torch.stack([torch.linalg.vector_norm(h - t.to(h)) for h, t in pairs]).sum()
+
+
+def group_consistency(images: Tensor, labels: Tensor) -> Tensor:
+    r"""How far the members of a group, which started from different seeds, are from the image they agree on.
+
+    .. math:: \frac1B \sum_{g=1}^{G} \sum_{i=1}^{B} \|x_{g, \pi_g(i)} - \bar x_i\|^2, \qquad
+              \bar x_i = \frac1G \sum_g x_{g, \pi_g(i)},
+
+    after the group consistency of Yin et al. (2021, section 3.4). Where the authors register the members' images to one
+    another (RANSAC-flow), :math:`\pi_g` here is the one-to-one assignment of a member's images to the first member's of
+    least squared distance: images of one label may come in any order, and those of different labels never trade places.
+
+    Args:
+        images: (G B) x C x H x W, member after member; finite.
+        labels: B, the labels of one member's images.
+
+    Returns:
+        A scalar; 0 when all members agree.
+
+    Raises:
+        DataError: A value of images with repeated labels is not finite.
+    """
+    members = images.split(len(labels))
+    aligned = torch.stack([members[0], *(member[_order(member, members[0], labels)] for member in members[1:])])
+    return (aligned - aligned.mean(0)).square().sum() / len(labels)
+
+
+def _order(member: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
+    """Indices that put a member's images in the order of the reference's."""
+    order = torch.arange(len(labels), device=labels.device)
+    values, counts = labels.unique(return_counts=True)
+    for label in values[counts > 1]:
+        rows = (labels == label).nonzero().flatten()
+        order[rows] = rows[assign(member.detach()[rows], reference.detach()[rows]).to(rows.device)]
+    return order
