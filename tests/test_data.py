@@ -32,8 +32,8 @@ def check(truth: Truth, batch: int, channels: int, size: int) -> None:
 def test_sample(size: int | None) -> None:
     truth = load(DataSpec(batch=32, size=size))
     check(truth, 32, 3, size or 32)
-    assert truth.names[:5] == ("astronaut", "coffee", "chelsea", "rocket", "astronaut")
-    assert truth.labels.tolist() == [0, 1, 2, 3] * 8
+    assert truth.names[:9] == ("astronaut", "coffee", "chelsea", "rocket", "camera", "retina", "coins", "ihc", "astronaut")
+    assert truth.labels.tolist() == list(range(8)) * 4
 
 
 def test_sample_crops_differ_and_show_something() -> None:

@@ -105,7 +105,7 @@ def test_matching_loss_is_the_distance_of_the_returned_images(truth: Truth, dist
 
 def test_the_best_round_is_returned(rebuilt: Reconstruction, truth: Truth) -> None:
     """The least loss of the history, or the iterate after the last step, which no row holds."""
-    crude = run(client(), truth, rounds=12, schedule="constant", learning_rate=0.3, gain="free")
+    crude = run(client(), truth, rounds=12, schedule="constant", learning_rate=1.0, gain="free")
     for result in (rebuilt, crude):
         losses = [row["loss"] for row in result.history]
         assert result.matching_loss <= min(losses)
@@ -150,7 +150,7 @@ def test_every_attack_runs(name: str, truth: Truth) -> None:
     assert found.images.max() <= 1
     assert found.matching_loss <= found.history[0]["loss"]
     assert len(found.snapshots) <= 2
-    assert found.labels.rule == "known"
+    assert found.labels.values.shape == truth.labels.shape
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_every_attack_runs(name: str, truth: Truth) -> None:
     ids=str,
 )
 def test_every_optimiser_and_engine_lowers_the_loss(truth: Truth, settings: dict[str, Any]) -> None:
-    found = run(client(activation=nn.Tanh), truth, rounds=12, schedule="constant", learning_rate=0.01, **settings)
+    found = run(client(activation=nn.Tanh), truth, rounds=4, schedule="constant", learning_rate=0.01, **settings)
     assert found.matching_loss < found.history[0]["loss"]
 
 
@@ -217,7 +217,8 @@ def test_a_loss_that_turns_nan_ends_the_run_and_keeps_the_best(truth: Truth) -> 
 
 def test_a_line_search_that_turns_nan_in_its_first_round_keeps_the_best(truth: Truth) -> None:
     """L-BFGS evaluates several times in a round: its first matching loss was finite, so there is something to keep."""
-    found = run(client(loss=Turning(1 + 3)), truth, engine="exact", optimiser="lbfgs", signed=False, gain="free")
+    settings = {"engine": "exact", "distance": "squared-l2", "optimiser": "lbfgs", "signed": False, "gain": "free"}
+    found = run(client(loss=Turning(1 + 3), activation=nn.Tanh), truth, **settings)
     assert found.images.isfinite().all()
     assert "nan in round 1" in found.stopped
 
