@@ -46,7 +46,7 @@ def images(seed: int = 0, **settings: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("switch", SWITCHES, ids=lambda s: " ".join(f"{k}={v}" for k, v in s.items()) or "paper")
-@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 64, 64), (3, 4, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 4, 4)], ids=str)
 def test_every_switch_builds_and_trains(switch: dict[str, Any], shape: tuple[int, int, int]) -> None:
     """B x C x H x W in the output's range, not constant, and a gradient at every parameter."""
     model = net(image_shape=shape, **switch)
@@ -123,9 +123,10 @@ def test_reference_rule_on_cifar(batch: int, channels: int) -> None:
         assert found == channels
 
 
-@pytest.mark.parametrize("update_size", [1, 1000, 44_622, 331_498, 11_173_962])
-@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 64, 64), (1, 24, 40)])
-@pytest.mark.parametrize("sizes", [{}, {"latent": 16, "convolutions": 1}], ids=["paper", "small"])
+@pytest.mark.parametrize("update_size", [1, 44_622, 11_173_962])
+@pytest.mark.parametrize(
+    ("shape", "sizes"), [((3, 32, 32), {}), ((3, 64, 64), {}), ((1, 24, 40), {"latent": 16, "convolutions": 1})], ids=str
+)
 def test_paper_rule_is_the_least_width_above_the_update(
     update_size: int, shape: tuple[int, int, int], sizes: dict[str, int]
 ) -> None:

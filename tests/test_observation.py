@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ MODEL = ModelSpec(name="resnet20-cifar", width=2, num_classes=4)
 SHAPE = (3, 8, 8)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_threads: None) -> None:
+    """Threads that wait for each other cost more than these small tensors."""
+    torch.set_num_threads(1)
+
+
 def batch() -> Truth:
     return Truth(torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 3]), ("a", "b", "ü"))
 
@@ -32,11 +39,17 @@ def observation(**settings: Any) -> Observation:
     return simulate(FedSGD(models.build(MODEL, image_shape=SHAPE)), batch(), model=MODEL, **settings)
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    file = tmp_path / "update.safetensors"
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("saved") / "update.safetensors"
     observation().save(file)
     return file
+
+
+@pytest.fixture
+def path(saved: Path, tmp_path: Path) -> Path:
+    """A sound update file to damage."""
+    return Path(shutil.copy(saved, tmp_path))
 
 
 Edit = Callable[[dict[str, torch.Tensor], dict[str, str], dict[str, Any]], None]
@@ -127,13 +140,19 @@ EDITS: dict[str, tuple[Edit, list[str]]] = {
     "all zeros": (zero, ["zero"]),
     "lacks a parameter": (lambda t, m, h: t.pop(FIRST), ["lacks", "conv1.weight"]),
     "has one too many": (lambda t, m, h: t.update({"update/more": torch.ones(2)}), ["unexpected", "more"]),
-    "wrong shape": (lambda t, m, h: t.update({FIRST: torch.ones(2, 3, 1, 1)}), ["conv1.weight", "(2, 3, 1, 1)", "(2, 3, 3, 3)"]),
+    "wrong shape": (
+        lambda t, m, h: t.update({FIRST: torch.ones(2, 3, 1, 1)}),
+        ["conv1.weight", "(2, 3, 1, 1)", "(2, 3, 3, 3)"],
+    ),
     "transposed": (lambda t, m, h: t.update({FIRST: t[FIRST].transpose(0, 1)}), ["conv1.weight", "(3, 2, 3, 3)"]),
     "integers": (lambda t, m, h: t.update({FIRST: t[FIRST].long()}), ["conv1.weight", "int64", "floating"]),
     "no update": (lambda t, m, h: [t.pop(k) for k in list(t) if k.startswith("update/")], ["no update"]),
     "NaN weights": (lambda t, m, h: t["weights/conv1.weight"].fill_(float("nan")), ["weights", "conv1.weight", "NaN"]),
     "lacks weights": (lambda t, m, h: t.pop("weights/conv1.weight"), ["weights", "conv1.weight"]),
-    "buffer of another shape": (lambda t, m, h: t.update({"buffers/bn1.running_mean": torch.ones(5)}), ["bn1.running_mean", "(5,)"]),
+    "buffer of another shape": (
+        lambda t, m, h: t.update({"buffers/bn1.running_mean": torch.ones(5)}),
+        ["bn1.running_mean", "(5,)"],
+    ),
     "buffer that is not there": (lambda t, m, h: t.update({"buffers/more": torch.ones(5)}), ["more"]),
     "NaN buffer": (lambda t, m, h: t["buffers/bn1.running_var"].fill_(float("nan")), ["bn1.running_var", "NaN"]),
     "foreign tensor": (lambda t, m, h: t.update({"images": torch.ones(3)}), ["unexpected", "images"]),
@@ -154,7 +173,10 @@ EDITS: dict[str, tuple[Edit, list[str]]] = {
     "flat images": (lambda t, m, h: h.update(image_shape=[64]), ["header"]),
     "unknown mode": (lambda t, m, h: h["protocol"].update(mode="test"), ["header", "mode"]),
     "unknown protocol key": (lambda t, m, h: h["protocol"].update(rate=1), ["header", "rate"]),
-    "unknown model": (lambda t, m, h: h["model"].update(name="resnet19-cifar"), ["resnet19-cifar", "did you mean"]),
+    "unknown model": (
+        lambda t, m, h: h["model"].update(name="resnet19-cifar"),
+        ["unknown model", "'resnet19-cifar'", "did you mean"],
+    ),
     "another width": (lambda t, m, h: h["model"].update(width=3), ["shape", "(3,", "another architecture"]),
 }
 
@@ -177,9 +199,11 @@ def test_bad_content_is_named(path: Path, name: str) -> None:
 def test_an_update_file_never_names_code_that_is_run(path: Path, tmp_path: Path, part: str) -> None:
     """A client writes the file, the server reads it: a file or module in its header is refused, not imported."""
     ran = tmp_path / "ran"
-    (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\ndef function(*args, **kwargs):\n    raise RuntimeError\n")
+    (tmp_path / "own.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\ndef function(*args, **kwargs):\n    raise RuntimeError\n"
+    )
     where = f"{tmp_path / 'own.py'}:function"
-    edit(path, lambda t, m, h: h["protocol"].update(loss=where) if part == "loss" else h["model"].update(name=where))
+    edit(path, lambda t, m, h: h["protocol"].update(loss=where) if part == "loss" else h.update(model={"name": where}))
     with pytest.raises(GradleakError) as error:
         attack_it(path)
     assert not ran.exists()

@@ -143,7 +143,7 @@ def test_an_unknown_key_without_a_likeness_lists_what_there_is() -> None:
         ("model.std=[1, 0, 1]", ["model.std", "positive"]),
         ("model.mean=grey", ["model.mean", "list"]),
         ("client.mode=training", ["client.mode", "'train' or 'eval'"]),
-        ("client.protocol=fedavg", ["client.protocol", "fedsgd"]),
+        ("client.protocol=fedsdg", ["client.protocol", "fedsgd"]),
         ("labels.rule=guess", ["labels.rule", "idlg"]),
         ("seed=-1", ["seed", "0"]),
         ("threads=0", ["threads", "1"]),

@@ -1,8 +1,9 @@
-"""The client operator and its transposes: A is the model's own gradient, A^T its transpose, and the caller's model is left alone."""
+"""The client operator and its transposes: A is the model's gradient, A^T its transpose, the caller's model is left alone."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -131,7 +132,7 @@ def test_secant_converges_to_exact(norm: str, mode: str, activation: str) -> Non
         relative_error(client.vjp(x, y, engine=lambda *a, step=step: secant(*a, step=step))[1](u), expected) for step in steps
     ]
     assert errors[-1] < 1e-4
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in itertools.pairwise(errors):
         assert coarse / fine == pytest.approx(10, rel=0.3)
 
 

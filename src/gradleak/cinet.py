@@ -28,10 +28,14 @@ class PixelNorm(nn.Module):
 
 
 class SigmoidOutput(nn.Module):
-    r""":math:`\sigma(2 a) = (1 + \tanh a) / 2`: tanh moved to the range of images, [0, 1]."""
+    r""":math:`h\, \sigma(2 a) = h\, (1 + \tanh a) / 2`: tanh moved to the range of images, [0, 1], times a headroom."""
+
+    def __init__(self, headroom: float = 1.0) -> None:
+        super().__init__()
+        self.headroom = headroom
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(2 * x)
+        return self.headroom * torch.sigmoid(2 * x)
 
 
 class Block(nn.Module):
@@ -78,7 +82,8 @@ class CINet(nn.Module):
         interpolation: ``nearest`` (the paper's) or ``linear`` (bilinear; Fig. 9).
         normalisation: of the 3x3 convolutions: ``spectral`` (the paper's), ``pixel``, ``none``.
         activation: ``leaky_relu`` (slope 0.1, the paper's), ``relu``, ``silu``, ``gelu``.
-        output: ``tanh`` in [-1, 1] (the paper's) or ``sigmoid`` in [0, 1].
+        output: ``tanh`` in [-1, 1] (the paper's) or ``sigmoid`` in [0, headroom].
+        headroom: Above 1 where the update does not tell the gain: bright pixels are then not squeezed against the end.
         output_layer: ``single`` (the paper's), or the last two resolutions' outputs ``blended`` half and half.
         residual: Skip connection around each block (the paper has none).
         convolutions: 3x3 convolutions in a block (the paper has two).
@@ -100,6 +105,7 @@ class CINet(nn.Module):
         normalisation: Normalisation = "spectral",
         activation: Activation = "leaky_relu",
         output: OutputRange = "tanh",
+        headroom: float = 1.0,
         output_layer: OutputLayer = "single",
         residual: bool = False,
         convolutions: int = 2,
@@ -132,7 +138,7 @@ class CINet(nn.Module):
         self.to_rgb = nn.Conv2d(widths[-1], colours, 1)
         blended = output_layer == "blended" and doublings > 0
         self.to_rgb_before = nn.Conv2d(widths[-2], colours, 1) if blended else None
-        self.output: nn.Module = nn.Tanh() if output == "tanh" else SigmoidOutput()
+        self.output: nn.Module = nn.Tanh() if output == "tanh" else SigmoidOutput(headroom)
 
     def forward(self) -> Tensor:
         x = before = self.stem(self.z0)
@@ -149,6 +155,17 @@ class CINet(nn.Module):
 
     def _double(self, x: Tensor) -> Tensor:
         return F.interpolate(x, scale_factor=2, mode=self.mode)
+
+
+class SideBySide(nn.Module):
+    """Several generators with latents and parameters of their own; their batches one after another."""
+
+    def __init__(self, members: list[CINet]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self) -> Tensor:
+        return torch.cat([member() for member in self.members])
 
 
 def activation_module(name: Activation) -> nn.Module:

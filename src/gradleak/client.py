@@ -1,170 +1,158 @@
-r"""The client operator A: from images and labels to the update that a client sends.
-
-One object both simulates the client and is inverted by the attacks, so the two cannot disagree.
-"""
+"""From a specification to a client operator A, and from a client to what the server holds of it."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.functional import cross_entropy
 
+from gradleak.defences import DPSGD, Defence, Transport, defend, distortion, parse, prepare
 from gradleak.errors import DataError, ObservationError, SpecError
-from gradleak.models import import_function
-from gradleak.observation import Observation, Truth, Update
+from gradleak.observation import Observation, Truth
+from gradleak.protocols import Average, ClientOperator, FedAvg, FedSGD, TrainingLoss, training_loss
 from gradleak.spec import ClientSpec, ModelSpec
-from gradleak.vjp import Engine, Transpose, exact
 
-TrainingLoss = Callable[[Tensor, Tensor], Tensor]
-"""Output of F and labels to the client's training loss (a scalar, the mean over the batch)."""
+__all__ = [
+    "Average",
+    "ClientOperator",
+    "Cost",
+    "FedAvg",
+    "FedSGD",
+    "TrainingLoss",
+    "build_client",
+    "defence_costs",
+    "operator",
+    "simulate",
+    "training_loss",
+]
 
-DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
-
-class FedSGD:
-    r"""A client of FedSGD: :math:`A(x, y) = \nabla_W L(F(x; W), y)`  (CI-Net, section 3).
-
-    Works on a copy of the caller's model: its weights, its mode and its running statistics stay as they are. Layers in
-    ``train`` mode use the batch's own statistics. Dropout is off in both modes: the server could not know its masks.
-
-    Args:
-        model: F with its weights W. Parameters with ``requires_grad=False`` are not part of the update.
-        loss: L, from F's output and the labels to a scalar; or its name (:func:`training_loss`).
-        mode: ``train`` or ``eval`` of the model while the client computes its gradient.
+@dataclass(frozen=True)
+class Cost:
+    """What a defence costs one client.
 
     Attributes:
-        weights: W, name -> tensor, the parameters whose gradient is sent.
-        buffers: F's buffers (running statistics), name -> tensor.
+        name: Of the defence; ``transport`` for the number format.
+        distortion: Of the update by this defence, relative to the update before it.
+        total: Of the update by all defences so far, relative to the undefended update.
+        epsilon: Of DP-SGD, at ``delta``; None for other defences, and without noise.
+        delta: Of DP-SGD.
     """
 
-    def __init__(
-        self, model: nn.Module, *, loss: TrainingLoss | str = "cross-entropy", mode: Literal["train", "eval"] = "train"
-    ) -> None:
-        self.model = copy.deepcopy(model).train(mode == "train")
-        for module in self.model.modules():
-            if isinstance(module, DROPOUT):
-                module.eval()
-        self.mode = mode
-        self.loss_name = loss if isinstance(loss, str) else getattr(loss, "__name__", "own")
-        self.training_loss = training_loss(loss) if isinstance(loss, str) else loss
-        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.weights: Update = {name: p.detach() for name, p in trainable.items()}
-        self._frozen = {name: p.detach() for name, p in self.model.named_parameters() if name not in trainable}
-        self.buffers = {name: b.detach() for name, b in self.model.named_buffers()}
-        self.model.requires_grad_(False)
-
-    @property
-    def parameters(self) -> int:
-        """P(F), the number of scalars in the update."""
-        return sum(w.numel() for w in self.weights.values())
-
-    @property
-    def has_dropout(self) -> bool:
-        """Whether F has dropout layers (which the operator switches off)."""
-        return any(isinstance(m, DROPOUT) and m.p > 0 for m in self.model.modules())
-
-    @property
-    def has_batch_statistics(self) -> bool:
-        """Whether images of a batch are coupled through batch norm in train mode."""
-        return self.mode == "train" and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
-
-    def outputs(self, images: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """F(x; W) in the client's mode. B x C x H x W to F's output."""
-        # fresh buffers for each call: running statistics must not drift while an attack queries F
-        state = {
-            **self._frozen,
-            **(self.weights if weights is None else weights),
-            **{name: b.clone() for name, b in self.buffers.items()},
-        }
-        output: Tensor = functional_call(self.model, state, (images,))
-        return output
-
-    def loss(self, weights: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        """L(F(x; W), y), a scalar."""
-        return self.training_loss(self.outputs(images, weights), labels)
-
-    def __call__(self, images: Tensor, labels: Tensor) -> Update:
-        """A(x, y): the update, name -> tensor."""
-        leaves = [w.detach().requires_grad_() for w in self.weights.values()]
-        value = self.loss(dict(zip(self.weights, leaves, strict=True)), images, labels)
-        gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-        return dict(zip(self.weights, gradients, strict=True))
-
-    def vjp(self, images: Tensor, labels: Tensor, *, engine: Engine = exact) -> tuple[Update, Transpose]:
-        """A(x, y) and the transpose of its derivative at x, by an engine of :mod:`gradleak.vjp`."""
-        return engine(lambda weights, x: self.loss(weights, x, labels), self.weights, images)
-
-    def joint_vjp(
-        self, images: Tensor, labels: Tensor, *, engine: Engine = exact
-    ) -> tuple[Update, Callable[[Update], tuple[Tensor, Tensor]]]:
-        """A(x, y) for soft labels y (B x classes, rows summing to 1), and the transpose with respect to both (DLG).
-
-        Returns:
-            The update, and a function from its cotangent to those of images and labels.
-        """
-        sizes = [images[0].numel(), labels[0].numel()]
-
-        def split(packed: Tensor) -> tuple[Tensor, Tensor]:
-            x, y = packed.split(sizes, dim=1)
-            return x.reshape(images.shape), y.reshape(labels.shape)
-
-        def loss(weights: Mapping[str, Tensor], packed: Tensor) -> Tensor:
-            return self.loss(weights, *split(packed))
-
-        update, transpose = engine(loss, self.weights, torch.cat([images.flatten(1), labels.flatten(1)], dim=1))
-        return update, lambda cotangent: split(transpose(cotangent))
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> FedSGD:
-        """The same operator on another device or in another precision (float64 for reference computations)."""
-        model = copy.deepcopy(self.model).to(device=device, dtype=dtype)
-        for name, p in model.named_parameters():
-            p.requires_grad_(name in self.weights)
-        moved = FedSGD(model, loss=self.training_loss, mode=self.mode)
-        moved.loss_name = self.loss_name
-        return moved
+    name: str
+    distortion: float
+    total: float
+    epsilon: float | None = None
+    delta: float | None = None
 
 
-def simulate(client: FedSGD, truth: Truth, *, grant_labels: bool = True, model: ModelSpec | None = None) -> Observation:
+def build_client(
+    model: nn.Module,
+    spec: ClientSpec,
+    batch: int,
+    *,
+    defences: Sequence[Defence] = (),
+    observation: Observation | None = None,
+) -> ClientOperator:
+    """The client operator A that a specification describes.
+
+    Each client applies the defences in their order, then the transport's number format; an average is taken last.
+
+    Args:
+        model: F with its weights W. With DP-SGD its batch norm is replaced (:func:`gradleak.defences.prepare`); the
+            operator's ``notes`` say so.
+        spec: Protocol, mode, loss, sent layers, transport.
+        batch: B, all images together.
+        defences: What each client does to protect itself (:func:`gradleak.defences.parse`).
+        observation: For an attacker: the update, which may show what was pruned from it.
+
+    Raises:
+        SpecError: Sizes do not sum to the batch, no layer matches, or a defence does not go with the protocol.
+    """
+    model, notes = prepare(model, defences)
+    layers = spec.layers or ["*"]
+    client: ClientOperator
+    if spec.protocol == "fedavg":
+        assert spec.epochs is not None
+        assert spec.learning_rate is not None
+        client = FedAvg(
+            model,
+            learning_rate=spec.learning_rate,
+            epochs=spec.epochs,
+            batch_size=spec.local_batch,
+            momentum=spec.momentum or 0.0,
+            order=spec.order or "given",
+            loss=spec.loss,
+            mode=spec.mode,
+            layers=layers,
+        )
+    else:
+        client = FedSGD(model, loss=spec.loss, mode=spec.mode, layers=layers)
+    client.notes = notes
+    transport = [Transport(spec.transport)] if spec.transport is not None else []
+    # in an average nobody sees which entries one client pruned
+    seen = observation if spec.protocol != "average" else None
+    client = defend(client, [*defences, *transport], observation=seen)
+    return Average(client, sizes=spec.sizes(batch)) if spec.protocol == "average" else client
+
+
+def simulate(
+    client: ClientOperator,
+    truth: Truth,
+    *,
+    grant_labels: bool = True,
+    grant_batch_statistics: bool = False,
+    grant_surrogate_data: bool = False,
+    model: ModelSpec | None = None,
+    seed: int = 0,
+) -> Observation:
     """What the server holds after this client sent its update for ``truth``.
 
     Args:
         client: The operator A.
         truth: The client's private batch.
-        grant_labels: Whether the threat model grants the labels.
+        grant_labels: Whether the threat model grants the labels, in the order of the images.
+        grant_batch_statistics: Whether it grants :meth:`ClientOperator.batch_statistics` of the images.
+        grant_surrogate_data: Whether the attacker holds data like the client's.
         model: The built-in model's description, so that ``gradleak invert`` can rebuild F by itself.
+        seed: Of what the client draws: noise, order. It is not part of the observation.
 
     Raises:
         DataError: A label is outside F's classes.
+        SpecError: Batch statistics are granted, and F has no batch norm.
     """
     weight = next(iter(client.weights.values()))
     images, labels = truth.images.to(weight), truth.labels.to(weight.device)
     with torch.no_grad():
         classes = client.outputs(images[:2].repeat(2, 1, 1, 1)[:2]).shape[-1]
-    if labels.min() < 0 or labels.max() >= classes:
-        bad = next(int(label) for label in labels if not 0 <= label < classes)
-        raise DataError(
-            f"label {bad} is out of range: the model has {classes} classes (0 to {classes - 1}); "
-            "set model.num_classes, or choose other images"
-        )
+        statistics = client.batch_statistics(images) if grant_batch_statistics else None
+    if statistics == {}:
+        raise SpecError("threat.batch_statistics: the model has no batch-norm layer, so there are no statistics to grant")
+    if bad := _out_of_range(labels, classes):
+        raise DataError(f"{bad}; set model.num_classes, or choose other images")
+    update = client.sent(images, labels, torch.Generator().manual_seed(seed))
     return Observation(
-        update={name: t.cpu() for name, t in client(images, labels).items()},
-        weights={name: t.cpu() for name, t in client.weights.items()},
+        update={name: t.cpu() for name, t in update.items()},
+        weights={name: t.cpu() for name, t in {**client.weights, **client.frozen}.items()},
         buffers={name: t.cpu() for name, t in client.buffers.items()},
         image_shape=(images.shape[1], images.shape[2], images.shape[3]),
         batch=len(images),
-        protocol=ClientSpec(mode=client.mode, loss=client.loss_name),
+        protocol=client.spec,
         labels=truth.labels if grant_labels else None,
         model=model,
+        defences=client.defences,
+        batch_statistics=None
+        if statistics is None
+        else {name: (mean.cpu(), variance.cpu()) for name, (mean, variance) in statistics.items()},
+        surrogate_data=grant_surrogate_data,
     )
 
 
-def operator(observation: Observation, model: nn.Module, *, where: str = "observation") -> FedSGD:
-    """The client operator A of an observation: F with the observed weights, buffers, mode and loss.
+def operator(observation: Observation, model: nn.Module, *, where: str = "observation") -> ClientOperator:
+    """The client operator A of an observation, as its server knows it: F with the observed weights, buffers, mode and loss,
+    the protocol, and the defences with what the update shows of them.
 
     Args:
         observation: What the server holds.
@@ -174,23 +162,63 @@ def operator(observation: Observation, model: nn.Module, *, where: str = "observ
     Raises:
         ObservationError: The observation does not fit the model; names the parameter and both shapes.
     """
-    client = FedSGD(model, loss=observation.protocol.loss, mode=observation.protocol.mode)
+    defences = parse(observation.defences, where=f"{where}: defence")
+    client = build_client(model, observation.protocol, observation.batch, defences=defences, observation=observation)
     observation.check_fits(client, where=where)
     state = {**observation.weights, **observation.buffers}
-    known = {**client.weights, **client.buffers}
+    known = {**client.weights, **client.frozen, **client.buffers}
     for name, tensor in state.items():
         if name not in known or known[name].shape != tensor.shape:
             found = "is not in the model" if name not in known else f"has shape {tuple(known[name].shape)} in the model"
             raise ObservationError(f"{where}: {name!r} of shape {tuple(tensor.shape)} {found}; is it another model?")
+        if not bool(tensor.isfinite().all()):
+            raise ObservationError(f"{where}: {name!r} has NaN or infinite values")
         known[name].copy_(tensor)
+    if observation.labels is not None:
+        weight = next(iter(client.weights.values()))
+        with torch.no_grad():
+            classes = client.outputs(torch.zeros(2, *observation.image_shape).to(weight)).shape[-1]
+        if bad := _out_of_range(observation.labels, classes):
+            raise ObservationError(f"{where}: {bad}; is it another model?")
     return client
 
 
-def training_loss(name: str) -> TrainingLoss:
-    """L by name: ``cross-entropy`` (mean), or one's own as ``path/to/file.py:function`` or ``package.module:function``."""
-    if name == "cross-entropy":
-        return cross_entropy
-    if ":" not in name:
-        raise SpecError(f'client.loss: unknown loss {name!r}; use "cross-entropy", file.py:function or module:function')
-    loss: TrainingLoss = import_function(name, error=SpecError)
-    return loss
+def defence_costs(
+    model: nn.Module, spec: ClientSpec, truth: Truth, *, defences: Sequence[Defence], seed: int = 0
+) -> list[Cost]:
+    r"""The relative distortion :math:`\|g' - g\| / \|g\|` of this client's update by each of its defences, in their order.
+
+    For DP-SGD g is the gradient of the model that DP-SGD trains (:func:`gradleak.defences.prepare`). The seeds are those
+    of :func:`simulate`, so the last total is the distortion of what was sent.
+
+    Args:
+        model, spec, defences: As of :func:`build_client`.
+        truth: The client's private batch.
+        seed: As of :func:`simulate`.
+    """
+    model, _ = prepare(model, defences)
+    plain = spec.model_copy(update={"transport": None})
+    steps = [(plain, list(defences[:count])) for count in range(len(defences) + 1)]
+    steps += [(spec, list(defences))] if spec.transport is not None else []
+    updates = []
+    for each, some in steps:
+        client = build_client(model, each, len(truth.images), defences=some)
+        weight = next(iter(client.weights.values()))
+        images, labels = truth.images.to(weight), truth.labels.to(weight.device)
+        updates.append(client.sent(images, labels, torch.Generator().manual_seed(seed)))
+    applied: list[Defence] = [*defences, *([Transport(spec.transport)] if spec.transport is not None else [])]
+    return [
+        Cost(
+            name="transport" if isinstance(defence, Transport) else defence.name,
+            distortion=distortion(after, before),
+            total=distortion(after, updates[0]),
+            epsilon=defence.epsilon if isinstance(defence, DPSGD) else None,
+            delta=defence.delta if isinstance(defence, DPSGD) else None,
+        )
+        for defence, before, after in zip(applied, updates, updates[1:], strict=False)
+    ]
+
+
+def _out_of_range(labels: Tensor, classes: int) -> str | None:
+    bad = [int(label) for label in labels if not 0 <= label < classes]
+    return f"label {bad[0]} is out of range: the model has {classes} classes (0 to {classes - 1})" if bad else None

@@ -6,6 +6,7 @@ Networks", ICLR 2016.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -50,7 +51,7 @@ class Generator(nn.Module):
         stem = (math.ceil(height / 2**doublings), math.ceil(pixels / 2**doublings))
         channels = [width * 2**k for k in reversed(range(doublings))]
         layers: list[nn.Module] = [nn.ConvTranspose2d(latent, channels[0], stem, bias=False)]
-        for inputs, outputs in zip(channels, channels[1:], strict=False):
+        for inputs, outputs in itertools.pairwise(channels):
             layers += [nn.BatchNorm2d(inputs), nn.ReLU(), nn.ConvTranspose2d(inputs, outputs, 4, 2, 1, bias=False)]
         layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.ConvTranspose2d(width, colours, 4, 2, 1), SigmoidOutput()]
         self.body = nn.Sequential(*layers)
@@ -89,9 +90,9 @@ class Generator(nn.Module):
                 )
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as fault:
             raise ModelError(f"{path}: the generator's sizes in the header are not valid: {fault}") from None
-        expected = {name: tensor.shape for name, tensor in generator.state_dict().items()}
-        check_state(tensors, expected, where=str(path), error=ModelError)
-        generator.load_state_dict(tensors, assign=True)
+        state = generator.state_dict()
+        check_state(tensors, {name: tensor.shape for name, tensor in state.items()}, where=str(path), error=ModelError)
+        generator.load_state_dict({name: tensors[name].to(like.dtype) for name, like in state.items()}, assign=True)
         return generator.eval()
 
 
@@ -173,10 +174,10 @@ def train(
             _step(optimisers[0], critic_loss)
             generator_loss = _game(critic(fake), 1.0)
             _step(optimisers[1], generator_loss)
-            if not math.isfinite(float(critic_loss + generator_loss)):
-                raise DivergedError(f"the generator's training diverged in round {t}; lower the learning rate ({learning_rate})")
+            losses = float(critic_loss.detach()), float(generator_loss.detach())
+            if not math.isfinite(sum(losses)):
+                raise DivergedError(f"training the generator diverged in round {t}; lower its learning rate ({learning_rate})")
             if t % max(1, rounds // 10) == 0:
-                losses = float(critic_loss), float(generator_loss)
                 log.info("round %d/%d: critic %.3f, generator %.3f", t, rounds, *losses)
     return generator.cpu().eval()
 

@@ -19,13 +19,10 @@ from gradleak.attacks import Attack, Problem
 from gradleak.client import FedSGD
 from gradleak.distance import DISTANCES
 from gradleak.errors import DivergedError
-from gradleak.invariance import bright_gain, gain_sensitivity
+from gradleak.invariance import bright_gain, gain_sensitivity, hold_gain
 from gradleak.labels import Labels
 from gradleak.observation import Observation
 from gradleak.vjp import SelfChecking, engine
-
-#: Below this sensitivity the update does not tell the gain of the images.
-GAIN_BLIND = 0.02
 
 
 @dataclass(frozen=True)
@@ -86,11 +83,14 @@ def invert(
     """
     dtype = torch.float64 if attack.precision == "float64" else torch.float32
     device = next(iter(client.weights.values())).device
+    client, y = client.to(device, dtype), labels.values.to(device)
+    probe = torch.rand(observation.batch, *observation.image_shape, generator=torch.Generator().manual_seed(0))
     problem = Problem(
         observation=observation,
-        client=client.to(device, dtype),
+        client=client,
         observed={name: t.to(device, dtype) for name, t in observation.update.items()},
-        labels=labels.values.to(device),
+        labels=y,
+        gain_sensitivity=gain_sensitivity(client, probe.to(device, dtype), y),
     )
     start = time.perf_counter()
     images = attack.closed_form(problem)
@@ -115,7 +115,10 @@ def _without_loop(problem: Problem, attack: Attack, labels: Labels, images: Tens
         snapshots=torch.empty(0),
         snapshot_rounds=[],
         peak_memory_mb=peak_memory_mb(images.device),
-        notes={"gain_check": {"sensitivity": gain_sensitivity(problem.client, images, problem.labels), "applied": 1.0}},
+        notes={
+            **attack.describe(problem, nn.Identity()),
+            "gain_check": {"sensitivity": problem.gain_sensitivity, "applied": 1.0},
+        },
     )
 
 
@@ -138,6 +141,7 @@ def _run(problem: Problem, attack: Attack, labels: Labels, *, seed: int, progres
     transpose_engine = engine(attack.engine)
     with _seeded(seed, device):
         image_model = attack.image_model(problem).to(weight)
+    natural = attack.gain == "natural" and problem.gain_blind
     best = _Best()
     images = torch.empty(0)
 
@@ -172,7 +176,7 @@ def _run(problem: Problem, attack: Attack, labels: Labels, *, seed: int, progres
         for member in images.split(problem.batch):
             loss, cotangent = match(member)
             losses.append(loss)
-            cotangents.append(cotangent)
+            cotangents.append(hold_gain(member, cotangent) if natural else cotangent)
         images.backward(torch.cat(cotangents))
         if attack.signed:
             for p in parameters:
@@ -222,11 +226,9 @@ def _run(problem: Problem, attack: Attack, labels: Labels, *, seed: int, progres
             best.offer(loss, member, y.argmax(1) if attack.joint_labels else y)
     best.round_done(len(history) + 1)
     notes = attack.describe(problem, image_model)
-    images = best.images.clamp(0, 1)
-    sensitivity = gain_sensitivity(client, images, best.labels)
-    gain = bright_gain(images) if attack.gain == "range" and sensitivity < GAIN_BLIND else 1.0
-    images = (gain * images).clamp(0, 1)
-    notes["gain_check"] = {"sensitivity": sensitivity, "applied": gain}
+    gain = bright_gain(best.images) if natural else 1.0
+    images = (gain * best.images).clamp(0, 1)
+    notes["gain_check"] = {"sensitivity": problem.gain_sensitivity, "applied": gain}
     if isinstance(transpose_engine, SelfChecking):
         notes["engine_check"] = {
             "in_use": "secant" if transpose_engine.trusted else "exact",

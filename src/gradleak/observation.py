@@ -11,12 +11,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from gradleak.errors import DataError, ObservationError
-from gradleak.spec import ClientSpec, ModelSpec
+from gradleak.errors import DataError, ObservationError, SpecError
+from gradleak.spec import ClientSpec, DefenceSpec, ModelSpec
 from gradleak.tensors import check_state, read_tensors, write_tensors
 
 if TYPE_CHECKING:
-    from gradleak.client import FedSGD
+    from gradleak.protocols import ClientOperator
 
 Update = dict[str, Tensor]
 """What a client sends: parameter name -> tensor of that parameter's shape."""
@@ -63,9 +63,13 @@ class Truth:
             )
         if not bool(torch.isfinite(images).all()) or images.min() < 0 or images.max() > 1:
             raise DataError(f"{path}: images must be finite and in [0, 1]")
+        if bool((labels < 0).any()):
+            raise DataError(f"{path}: labels must not be negative, found {int(labels.min())}")
         names = _json(path, metadata.get("names", "[]"), DataError)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise DataError(f"{path}: the names in the header must be a list of strings")
+        if names and len(names) != len(images):
+            raise DataError(f"{path}: {len(names)} names in the header for {len(images)} images")
         return Truth(images.float(), labels.long(), tuple(names))
 
 
@@ -80,8 +84,12 @@ class Observation:
         image_shape: (C, H, W).
         batch: B.
         protocol: How the client turned images into the update.
-        labels: B, int64, when the threat model grants them; else None.
+        labels: B, int64, in the order of the images, when the threat model grants them; else None.
         model: The built-in model's description; None when F is the user's own code.
+        defences: What the client did to protect itself; the server is told, as it is told the protocol.
+        batch_statistics: Batch-norm layer -> mean and biased variance of what it is given for the client's images, when
+            the threat model grants them; else None.
+        surrogate_data: Whether the attacker holds data like the client's, or a generator trained on such data.
     """
 
     update: Update
@@ -92,6 +100,9 @@ class Observation:
     protocol: ClientSpec
     labels: Tensor | None = None
     model: ModelSpec | None = None
+    defences: tuple[DefenceSpec, ...] = ()
+    batch_statistics: dict[str, tuple[Tensor, Tensor]] | None = None
+    surrogate_data: bool = False
 
     @property
     def granted(self) -> frozenset[str]:
@@ -99,29 +110,45 @@ class Observation:
         grants = {"batch-size", "mode"}
         if self.labels is not None:
             grants.add("labels")
+        if self.batch_statistics is not None:
+            grants.add("batch-norm-statistics")
+        if self.surrogate_data:
+            grants.add("surrogate-data")
         return frozenset(grants)
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file: ``update/NAME``, ``weights/NAME``, ``buffers/NAME``, ``labels``; the rest as JSON."""
+        """Write a safetensors file: ``update/NAME``, ``weights/NAME``, ``buffers/NAME``, ``labels``,
+        ``statistics/LAYER/mean`` and ``statistics/LAYER/variance``; the rest as JSON.
+        """
         tensors = {f"update/{name}": t for name, t in self.update.items()}
         tensors |= {f"weights/{name}": t for name, t in self.weights.items()}
         tensors |= {f"buffers/{name}": t for name, t in self.buffers.items()}
         if self.labels is not None:
             tensors["labels"] = self.labels
+        for name, (mean, variance) in (self.batch_statistics or {}).items():
+            tensors |= {f"statistics/{name}/mean": mean, f"statistics/{name}/variance": variance}
         header = {
             "image_shape": list(self.image_shape),
             "batch": self.batch,
             "protocol": self.protocol.model_dump(mode="json"),
             "model": None if self.model is None else self.model.model_dump(mode="json", exclude={"weights"}),
+            "defences": [defence.model_dump(mode="json") for defence in self.defences],
+            "surrogate_data": self.surrogate_data,
         }
         write_tensors(path, tensors, {"format": FORMAT, "version": str(VERSION), "observation": json.dumps(header)})
 
     @staticmethod
-    def load(path: Path) -> Observation:
+    def load(path: Path, *, loss: str | None = None) -> Observation:
         """Read what :meth:`save` wrote; nothing in the file is executed or imported.
 
+        Args:
+            path: The file.
+            loss: The client's loss where it is one's own (``file.py:function``, ``module:function``): a file never says
+                which code runs, so a person must.
+
         Raises:
-            ObservationError: Not safetensors, cut short, another format, NaN or infinity, all zeros, bad header.
+            ObservationError: Not safetensors, cut short, another format, NaN or infinity, all zeros, bad header, statistics
+                without their partner, a loss or model that is code.
         """
         tensors, metadata = read_tensors(path)
         if metadata.get("format") != FORMAT:
@@ -131,22 +158,43 @@ class Observation:
         if metadata.get("version") != str(VERSION):
             raise ObservationError(f"{path}: version {metadata.get('version')!r}, this release reads version {VERSION}")
         header = _json(path, metadata.get("observation", ""), ObservationError)
-        parts: dict[str, dict[str, Tensor]] = {"update": {}, "weights": {}, "buffers": {}}
+        parts: dict[str, dict[str, Tensor]] = {"update": {}, "weights": {}, "buffers": {}, "statistics": {}}
         for key, tensor in tensors.items():
             kind, slash, name = key.partition("/")
             if slash and kind in parts:
                 parts[kind][name] = tensor
             elif key != "labels":
-                raise ObservationError(f"{path}: unexpected tensor {key!r}; known are update/*, weights/*, buffers/*, labels")
+                raise ObservationError(
+                    f"{path}: unexpected tensor {key!r}; known are update/*, weights/*, buffers/*, statistics/*, labels"
+                )
         try:
             colours, height, width = (int(n) for n in header["image_shape"])
             batch = int(header["batch"])
             protocol = ClientSpec.model_validate(header["protocol"])
             model = None if header["model"] is None else ModelSpec.model_validate(header["model"])
-        except (KeyError, TypeError, ValueError, ValidationError) as error:
+            # files of the first release have none of these
+            defences = tuple(DefenceSpec.model_validate(defence) for defence in header.get("defences", []))
+            surrogate_data = bool(header.get("surrogate_data", False))
+        except (KeyError, TypeError, ValueError, OverflowError, ValidationError) as error:
             raise ObservationError(f"{path}: the observation header is not valid: {error}") from None
         if min(colours, height, width, batch) < 1 or colours * height * width * batch > 2**31:
             raise ObservationError(f"{path}: {batch} images of shape {(colours, height, width)} are out of range")
+        try:
+            protocol.sizes(batch)
+        except SpecError as error:
+            raise ObservationError(f"{path}: {error}") from None
+        if protocol.loss != "cross-entropy":
+            if loss is None:
+                raise ObservationError(
+                    f"{path}: the client's loss is its own ({protocol.loss!r}), and a file never says which code runs: "
+                    "name the loss yourself (client.loss)"
+                )
+            protocol = protocol.model_copy(update={"loss": loss})
+        if model is not None and (":" in model.name or model.weights is not None):
+            raise ObservationError(
+                f"{path}: its header names code or a file as the model ({model.weights or model.name}), which is never "
+                "followed: name the model yourself (--model)"
+            )
         labels = tensors.get("labels")
         if labels is not None and (labels.dtype != torch.int64 or labels.shape != (batch,)):
             raise ObservationError(f"{path}: 'labels' is {labels.dtype} {tuple(labels.shape)}, expected torch.int64 ({batch},)")
@@ -159,16 +207,21 @@ class Observation:
             protocol=protocol,
             labels=labels,
             model=model,
+            defences=defences,
+            batch_statistics=_statistics(path, parts["statistics"]) or None,
+            surrogate_data=surrogate_data,
         )
         check_update(observation.update, where=str(path))
         return observation
 
-    def check_fits(self, client: FedSGD, *, where: str = "observation") -> None:
-        """Raise :class:`~gradleak.errors.ObservationError` unless the update has exactly the client's parameters."""
+    def check_fits(self, client: ClientOperator, *, where: str = "observation") -> None:
+        """Raise :class:`~gradleak.errors.ObservationError` unless the update has exactly the parameters that are sent."""
         expected = {name: w.shape for name, w in client.weights.items()}
         check_state(self.update, expected, where=where, error=ObservationError)
         if self.weights:
-            check_state(self.weights, expected, where=f"{where} (weights)", error=ObservationError)
+            # parameters that are not sent may be in the file, and are F's own where they are not
+            frozen = {name: w.shape for name, w in client.frozen.items() if name in self.weights}
+            check_state(self.weights, {**expected, **frozen}, where=f"{where} (weights)", error=ObservationError)
 
 
 def check_update(update: Update, *, where: str) -> None:
@@ -184,8 +237,31 @@ def check_update(update: Update, *, where: str) -> None:
         raise ObservationError(f"{where}: every entry of the update is zero: there is nothing to invert")
 
 
+def _statistics(path: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer -> (mean, variance), from tensors named LAYER/mean and LAYER/variance."""
+    layers: dict[str, tuple[Tensor, Tensor]] = {}
+    for key in tensors:
+        name, _, kind = key.rpartition("/")
+        mean, variance = tensors.get(f"{name}/mean"), tensors.get(f"{name}/variance")
+        if (
+            kind not in ("mean", "variance")
+            or mean is None
+            or variance is None
+            or mean.ndim != 1
+            or mean.shape != variance.shape
+        ):
+            raise ObservationError(
+                f"{path}: 'statistics/{key}' is not one of a pair statistics/{name}/mean and statistics/{name}/variance of "
+                "equal length"
+            )
+        if not bool(mean.isfinite().all() & variance.isfinite().all()) or bool((variance < 0).any()):
+            raise ObservationError(f"{path}: 'statistics/{name}' has values that are NaN or infinite, or a negative variance")
+        layers[name] = (mean, variance)
+    return layers
+
+
 def _json(path: Path, text: str, error: type[Exception]) -> Any:
     try:
         return json.loads(text)
-    except ValueError as fault:
+    except (ValueError, RecursionError) as fault:
         raise error(f"{path}: the header is not valid JSON: {fault}") from None

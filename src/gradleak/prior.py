@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gradleak.client import FedSGD
+from gradleak.errors import ObservationError
 from gradleak.matching import assign
+from gradleak.protocols import ClientOperator
 
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
-"""Name of a batch norm layer -> mean and variance of its input over batch and space, one number per channel."""
+"""Batch-norm layer -> mean and biased variance of what it is given, one number per channel."""
 
 
 def total_variation(images: Tensor) -> Tensor:
@@ -38,55 +39,34 @@ def squared_norm(images: Tensor) -> Tensor:
     return images.square().sum() / len(images)
 
 
-def batch_statistics(client: FedSGD, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    r"""Mean and variance per channel of what enters each batch norm layer of F, differentiable in the images.
-
-    :math:`\mu_l = \overline{h_l}, \quad \sigma_l^2 = \overline{(h_l - \mu_l)^2}` over batch and space; the variance is the
-    one that batch norm divides by (not Bessel-corrected).
-
-    Args:
-        client: The operator A, whose F and mode are used.
-        images: One client's batch, B x C x H x W.
-
-    Returns:
-        Name of the layer in F -> (mean, variance), each of shape (channels,).
-    """
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def record(name: str, h: Tensor) -> None:
-        over = [d for d in range(h.ndim) if d != 1]
-        seen[name] = h.mean(over), h.var(over, correction=0)
-
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0]))
-        for name, module in client.model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-    ]
-    try:
-        client.outputs(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def batch_norm_statistics(client: FedSGD, images: Tensor, target: Statistics) -> Tensor:
+def batch_norm_statistics(client: ClientOperator, images: Tensor, target: Statistics) -> Tensor:
     r"""How far the images' batch statistics are from the client's.
 
-    :math:`\sum_l \|\mu_l(x) - \mu_l^*\| + \sum_l \|\sigma_l^2(x) - \sigma_l^{2*}\|`  (Yin et al. 2021, Eq. 6). It takes one
-    more forward pass of F.
+    :math:`\sum_l \|\mu_l(x) - \mu_l^*\| + \sum_l \|\sigma_l^2(x) - \sigma_l^{2*}\|`  (Yin et al. 2021, R_BN). It takes
+    one more forward pass of F.
 
     Args:
         client: The operator A.
-        images: One client's batch, B x C x H x W.
-        target: The client's statistics of the layers to compare (:func:`batch_statistics`).
+        images: B x C x H x W, the images of one member.
+        target: The client's statistics (:meth:`gradleak.protocols.ClientOperator.batch_statistics`) of the layers to match.
 
     Returns:
         A scalar; 0 for the client's own batch.
+
+    Raises:
+        ObservationError: F has no such batch-norm layer, or it has another number of channels.
     """
-    found = batch_statistics(client, images)
-    pairs = [(h, t) for name, wanted in target.items() for h, t in zip(found[name], wanted, strict=True)]
-    return torch.stack([torch.linalg.vector_norm(h - t.to(h)) for h, t in pairs]).sum()
+    found = client.batch_statistics(images)
+    terms = []
+    for name, wanted in target.items():
+        if name not in found or found[name][0].shape != wanted[0].shape:
+            has = f"it has {len(found[name][0])} channels" if name in found else "there is no such batch-norm layer"
+            raise ObservationError(
+                f"batch statistics of {name!r} are granted for {len(wanted[0])} channels, and in the model {has}; "
+                "is it another model?"
+            )
+        terms += [torch.linalg.vector_norm(h - t.to(h)) for h, t in zip(found[name], wanted, strict=True)]
+    return torch.stack(terms).sum()
 
 
 def group_consistency(images: Tensor, labels: Tensor) -> Tensor:
@@ -95,7 +75,7 @@ def group_consistency(images: Tensor, labels: Tensor) -> Tensor:
     .. math:: \frac1B \sum_{g=1}^{G} \sum_{i=1}^{B} \|x_{g, \pi_g(i)} - \bar x_i\|^2, \qquad
               \bar x_i = \frac1G \sum_g x_{g, \pi_g(i)},
 
-    after the group consistency of Yin et al. (2021, section 3.4). Where the authors register the members' images to one
+    after the group consistency of Yin et al. (2021). Where the authors register the members' images to one
     another (RANSAC-flow), :math:`\pi_g` here is the one-to-one assignment of a member's images to the first member's of
     least squared distance: images of one label may come in any order, and those of different labels never trade places.
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from gradleak import data, models
 from gradleak.attacks import Attack, attack
+from gradleak.attacks.recipe import GAIN_BLIND
 from gradleak.client import FedSGD, operator, simulate
-from gradleak.errors import ModelError, OutputError, SpecError
+from gradleak.errors import DivergedError, ModelError, ObservationError, OutputError, SpecError
 from gradleak.evaluate import Evaluation, evaluate, mean_image_control, quality_over_rounds, verdict
 from gradleak.files import write_atomically
-from gradleak.invert import GAIN_BLIND, Reconstruction, invert, noise_update
+from gradleak.invert import Reconstruction, invert, noise_update
 from gradleak.labels import recover
 from gradleak.metrics import load_lpips
 from gradleak.observation import Observation, Truth
@@ -74,18 +75,27 @@ def audit(spec: RunSpec, out: Path, *, force: bool = False, progress: bool = Tru
     prepare_folder(out, force=force)
     client = simulate_client(spec)
     reconstruction = attack_observation(client.observation, client.model, recipe, spec, device, progress=progress)
-    controls = {}
-    if spec.evaluate.controls:
-        noise = noise_update(client.observation, seed=spec.seed)
-        rebuilt = attack_observation(noise, client.model, recipe, spec, device, progress=progress)
-        controls = {
-            "random-noise gradient": evaluate(rebuilt.images, client.truth, lpips=spec.evaluate.lpips).summary,
-            "mean image": mean_image_control(client.truth, lpips=spec.evaluate.lpips).summary,
-        }
+    controls, warnings = _controls(client, recipe, spec, device, progress=progress) if spec.evaluate.controls else ({}, [])
     result = describe(spec, recipe, client.observation, client.operator, reconstruction, device, command=command)
+    result["warnings"] += warnings
     result |= {"controls": controls} if controls else {}
     text = dump(resolve(spec, recipe))
     return write_run(out, result, reconstruction, spec_text=text, truth=client.truth, lpips=spec.evaluate.lpips)
+
+
+def _controls(
+    client: Client, recipe: Attack, spec: RunSpec, device: torch.device, *, progress: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """The scores of the two controls, and why one of them is missing."""
+    controls, warnings = {}, []
+    noise = noise_update(client.observation, seed=spec.seed)
+    try:
+        rebuilt = attack_observation(noise, client.model, recipe, spec, device, progress=progress)
+        controls["random-noise gradient"] = evaluate(rebuilt.images, client.truth, lpips=spec.evaluate.lpips).summary
+    except (ObservationError, DivergedError) as refusal:
+        warnings.append(f"The attack refused the control, a random-noise gradient: {refusal}")
+    controls["mean image"] = mean_image_control(client.truth, lpips=spec.evaluate.lpips).summary
+    return controls, warnings
 
 
 def invert_observation(
@@ -256,7 +266,7 @@ def assumptions(
     spec: RunSpec, observation: Observation, client: FedSGD, reconstruction: Reconstruction
 ) -> list[dict[str, str]]:
     """The assumptions box: what the attacker was granted, and what F and the batch were."""
-    key = letter(observation)
+    key = "D" if reconstruction.notes.get("surrogate_data") else letter(observation)
     unknowns = observation.batch * observation.image_shape[0] * observation.image_shape[1] * observation.image_shape[2]
     counts = torch.bincount(reconstruction.labels.values)
     repeats = int((counts - 1).clamp_min(0).sum())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gradleak.errors import SpecError, nearest
 
@@ -17,6 +17,8 @@ else:
     import tomli as tomllib
 
 MAX_SPEC_BYTES = 1_000_000
+
+Count = Annotated[int, Field(ge=1)]
 
 
 class _Table(BaseModel):
@@ -56,19 +58,110 @@ class ModelSpec(_Table):
         return std
 
 
-class ClientSpec(_Table):
-    """What the client does with its batch: one step of FedSGD, ``g = grad_W L(F(x), y)``."""
+#: Protocol -> its own settings, with their defaults (None: no default, or none needed).
+PROTOCOL_SETTINGS: dict[str, dict[str, Any]] = {
+    "fedsgd": {},
+    "fedavg": {"epochs": 1, "local_batch": None, "learning_rate": None, "momentum": 0.0, "order": "given"},
+    "average": {"clients": None},
+}
 
-    protocol: Literal["fedsgd"] = Field("fedsgd", description="the client sends one gradient")
+
+class ClientSpec(_Table):
+    """What the client does with its batch, and what it sends of the result.
+
+    ``fedsgd``: one gradient. ``fedavg``: the change of the weights over local epochs. ``average``: the server sees only the
+    average of several clients' gradients. Settings of another protocol than the chosen one are an error.
+    """
+
+    protocol: Literal["fedsgd", "fedavg", "average"] = Field(
+        "fedsgd", description="fedsgd: one gradient; fedavg: local epochs; average: secure aggregation of several clients"
+    )
     mode: Literal["train", "eval"] = Field("train", description="batch norm: train uses the batch's own statistics")
     loss: str = Field("cross-entropy", description="mean cross-entropy, or file.py:function / module:function")
+    epochs: int | None = Field(None, ge=1, le=1000, description="fedavg: passes over the client's images (1)")
+    local_batch: int | None = Field(None, ge=1, description="fedavg: images in a local step (default: all)")
+    learning_rate: float | None = Field(None, gt=0, description="fedavg: the client's learning rate; needed")
+    momentum: float | None = Field(None, ge=0, lt=1, description="fedavg: momentum of the client's SGD (0)")
+    order: Literal["given", "shuffled"] | None = Field(
+        None, description="fedavg: given: local batches in the order of the images, known to the server; shuffled: not known"
+    )
+    clients: Count | list[Count] | None = Field(
+        None, description="average: number of clients, or the number of images of each; needed"
+    )
+    layers: list[str] | None = Field(None, min_length=1, description="parameters that are sent: names or patterns (all)")
+    transport: str | None = Field(
+        None, pattern=r"^(float16|bfloat16|([2-9]|1[0-6])-bit)$", description="number format: float16, bfloat16 or K-bit"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="of what the client draws: noise, order; the server never knows it")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_protocol(cls, table: Any) -> Any:
+        if not isinstance(table, dict):
+            return table
+        settings = PROTOCOL_SETTINGS.get(str(table.get("protocol")), {})
+        return {**table, **{key: value for key, value in settings.items() if table.get(key) is None}}
+
+    @model_validator(mode="after")
+    def _settings_of_the_protocol(self) -> ClientSpec:
+        for protocol, settings in PROTOCOL_SETTINGS.items():
+            foreign = [key for key in settings if protocol != self.protocol and getattr(self, key) is not None]
+            if foreign:
+                raise ValueError(
+                    f"{foreign[0]!r} is a setting of protocol {protocol!r}, and the protocol is {self.protocol!r}; "
+                    "change the one or remove the other"
+                )
+        needed = {"fedavg": "learning_rate", "average": "clients"}.get(self.protocol)
+        if needed is not None and getattr(self, needed) is None:
+            raise ValueError(f"protocol {self.protocol!r} needs the setting {needed!r}")
+        return self
+
+    def sizes(self, batch: int) -> list[int]:
+        """How many of ``batch`` images each client of ``average`` has: as listed, else as even as can be.
+
+        Raises:
+            SpecError: The list does not sum to the batch, or there are more clients than images.
+        """
+        if isinstance(self.clients, list):
+            if sum(self.clients) != batch:
+                raise SpecError(
+                    f"client.clients: {self.clients} are {sum(self.clients)} images, the batch has {batch}; "
+                    "make them sum to data.batch"
+                )
+            return self.clients
+        count = self.clients or 1
+        if count > batch:
+            raise SpecError(f"client.clients: {count} clients cannot share {batch} images; each needs at least one")
+        return [batch // count + (k < batch % count) for k in range(count)]
+
+
+class DefenceSpec(_Table):
+    """One defence of the client: its name, and its settings (:mod:`gradleak.defences` checks them)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+
+    name: str = Field(description="gaussian | laplace | clip | dp-sgd | prune | sign | quantise | soteria")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything but the name."""
+        return dict(self.model_extra or {})
+
+
+class ThreatSpec(_Table):
+    """What the attacker is granted beside the update, F, W, the batch size and the mode. Labels: see ``labels.rule``."""
+
+    batch_statistics: bool = Field(False, description="mean and variance of the client's batch at every batch-norm layer")
+    surrogate_data: bool = Field(False, description="data like the client's, or a generator trained on such data")
 
 
 class LabelSpec(_Table):
     """How the attack gets the labels."""
 
-    rule: Literal["auto", "known", "idlg", "counts"] = Field(
-        "known", description="known: granted; idlg: B = 1; counts: batches, with repeats; auto: idlg or counts by B"
+    rule: Literal["auto", "known", "idlg", "counts", "column-minima", "rlg", "ilrg"] = Field(
+        "known",
+        description="known: granted; idlg: B = 1; counts, ilrg: batches, with repeats; column-minima: no repeats; "
+        "rlg: B < classes; auto: idlg or counts by B",
     )
 
 
@@ -88,6 +181,8 @@ class RunSpec(_Table):
     data: DataSpec = DataSpec()
     model: ModelSpec = ModelSpec()
     client: ClientSpec = ClientSpec()
+    defence: list[DefenceSpec] = Field(default_factory=list, description="of the client, in the order it applies them")
+    threat: ThreatSpec = ThreatSpec()
     labels: LabelSpec = LabelSpec()
     attack: dict[str, Any] = Field(default_factory=lambda: {"name": "cinet"}, description="name, and its settings")
     evaluate: EvaluateSpec = EvaluateSpec()
@@ -96,6 +191,13 @@ class RunSpec(_Table):
     @classmethod
     def _named(cls, attack: dict[str, Any]) -> dict[str, Any]:
         return {"name": "cinet", **attack}
+
+    @field_validator("defence", mode="before")
+    @classmethod
+    def _listed(cls, defence: Any) -> Any:
+        if isinstance(defence, dict):
+            raise ValueError("expected a list of tables: write [[defence]] with two brackets")
+        return defence
 
 
 #: What ``gradleak audit`` runs when no specification is given: eight embedded photographs, sigmoid ResNet-18 of width 16.
@@ -151,16 +253,14 @@ def describe(error: ValidationError, root: type[BaseModel]) -> str:
             fields = _fields_at(root, item["loc"][:-1])
             lines.append(f"unknown key {key!r}{nearest(str(item['loc'][-1]), fields)}")
         else:
-            lines.append(f"{key}: {item['msg']} (found {item['input']!r})")
+            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (found {item['input']!r})")
     return "; ".join(lines)
 
 
 def dump(spec: RunSpec, *, leave_out: set[str] | None = None) -> str:
     """The fully resolved specification as TOML. ``None`` (not set) has no TOML form and is left out."""
     table = _without_none(spec.model_dump(mode="json", exclude=leave_out))
-    scalars = {k: v for k, v in table.items() if not isinstance(v, dict)}
-    tables = {k: v for k, v in table.items() if isinstance(v, dict)}
-    return str(tomli_w.dumps({**scalars, **tables}))
+    return str(tomli_w.dumps(table))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -197,5 +297,7 @@ def _fields_at(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     return list(root.model_fields)
 
 
-def _without_none(table: dict[str, Any]) -> dict[str, Any]:
-    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in table.items() if v is not None}
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value

@@ -10,6 +10,8 @@ GRANTS: dict[str, str] = {
     "labels": "the labels of the batch",
     "batch-size": "the number of images in the batch",
     "mode": "whether the client's layers were in train or eval mode",
+    "batch-norm-statistics": "mean and variance of the client's batch at the batch-norm layers; threat.batch_statistics",
+    "surrogate-data": "data like the client's, or a generator trained on such data; threat.surrogate_data",
 }
 
 #: Letters of Carletti et al., "SoK: Gradient Inversion Attacks in Federated Learning", USENIX Security 2025.
@@ -34,5 +36,11 @@ def check_granted(name: str, attack: Attack, observation: Observation) -> None:
 
 
 def letter(observation: Observation) -> str:
-    """The SoK's threat model: C when training details such as batch size and mode are known, else B."""
+    """The SoK's threat model: E with statistics of the client's data, else D with surrogate data, else C when training
+    details such as batch size and mode are known, else B.
+    """
+    if "batch-norm-statistics" in observation.granted:
+        return "E"
+    if "surrogate-data" in observation.granted:
+        return "D"
     return "C" if {"batch-size", "mode"} & observation.granted else "B"

@@ -115,6 +115,10 @@ class SelfChecking:
         self.step, self.error, self.trusted = 1e-3, math.nan, True
         self._calls = 0
 
+    def decline(self) -> None:
+        """Told by an operator that the secant is not defined for: the exact transpose is in use, without error."""
+        self.trusted, self.error = False, 0.0
+
     def __call__(self, loss: Loss, weights: Update, images: Tensor) -> tuple[Update, Transpose]:
         check = self._calls % self.every == 0
         self._calls += 1

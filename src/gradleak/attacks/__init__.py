@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from gradleak.attacks import cinet, dlg, gradinversion, inverting_gradients
+from gradleak.attacks import analytic, cinet, dlg, gi_nas, gias, gradinversion, inverting_gradients
 from gradleak.attacks.cinet import CINetAttack
 from gradleak.attacks.recipe import Attack, Problem
 from gradleak.errors import SpecError, nearest
@@ -16,8 +16,11 @@ __all__ = ["ATTACKS", "Attack", "CINetAttack", "Problem", "attack", "available"]
 
 #: name -> (recipe, one line about it)
 ATTACKS: dict[str, tuple[Attack, str]] = {
+    **analytic.PRESETS,
     **cinet.PRESETS,
     **dlg.PRESETS,
+    **gi_nas.PRESETS,
+    **gias.PRESETS,
     **gradinversion.PRESETS,
     **inverting_gradients.PRESETS,
 }

@@ -22,13 +22,15 @@ from gradleak.errors import ObservationError
 
 #: How far beyond [0, 1] a candidate may reach and still count as an image.
 RANGE_SLACK = 0.01
-#: Largest difference of two equal candidates, in units of the image range.
-EQUAL = 1e-3
+#: Largest difference of two equal candidates, in units of the image range: the round-off of float32 and little more.
+EQUAL = 1e-6
+#: Largest relative error of the layer's gradient for images that are accepted from a batch.
+EXACT = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class AnalyticAttack(Attack):
-    r""":math:`x = \nabla_{W_k} L / \nabla_{b_k} L`, without a loop, for F whose first layer is :math:`W x + b`  (Proposition 2).
+    r""":math:`x = \nabla_{W_k} L / \nabla_{b_k} L`, without a loop, for F that begins with :math:`W x + b`  (Proposition 2).
 
     With :math:`\delta_i = \partial L / \partial (W x_i + b)` the layer's gradients are :math:`\sum_i \delta_{ik} x_i` and
     :math:`\sum_i \delta_{ik}`.
@@ -37,7 +39,8 @@ class AnalyticAttack(Attack):
     - One image, layer without a bias: exact up to a scale. The scale is the one of least matching loss (``distance``)
       among those that put the image into [0, 1].
     - A batch: a row that only one image activates gives that image. An image counts as found when at least two rows
-      agree on it; rows that mix images do not agree with each other. Needs B such images, and a bias.
+      agree on it; rows that mix images agree by chance at most. Needs B such images, which must give the layer's
+      gradient, and a bias.
 
     The layer's input may be a pixelwise affine function of the image (a normalisation), which is found and inverted. The
     settings of a loop, from ``rounds`` on, have no effect.
@@ -131,18 +134,22 @@ def first_layer(problem: Problem) -> FirstLayer:
             f"{what}, but its input, of shape {tuple(seen.shape[1:])}, is not the image of {'x'.join(map(str, shape))}, "
             "flattened and at most normalised pixel by pixel; use an attack with a loop: cinet"
         )
-    prefix = f"{name}." if name else ""
-    if f"{prefix}weight" not in problem.observed:
+    if _parameter(name, "weight") not in problem.observed:
         raise ObservationError(f"{what}, and its gradient is not in the update; use an attack with a loop: cinet")
-    bias = problem.observed.get(f"{prefix}bias")
+    bias = problem.observed.get(_parameter(name, "bias"))
     return FirstLayer(
         name=name,
-        weight=problem.observed[f"{prefix}weight"].double(),
+        weight=problem.observed[_parameter(name, "weight")].double(),
         bias=None if bias is None else bias.double(),
         gain=seen[1] - seen[0],
         offset=seen[0],
         image_shape=shape,
     )
+
+
+def _parameter(layer: str, kind: str) -> str:
+    """The full name in F of a layer's ``weight`` or ``bias``; F itself may be the layer."""
+    return f"{layer}.{kind}" if layer else kind
 
 
 def _is_pixelwise_affine(first: Tensor, second: Tensor, noise: Tensor) -> bool:
@@ -185,7 +192,8 @@ def _scaled(problem: Problem, layer: FirstLayer, distance: DistanceName) -> Tens
     # a global grid, then eight finer ones around the best point: six digits of the scale
     for points in (65, *[9] * 8):
         grid = torch.linspace(low, high, points, dtype=torch.float64).tolist()
-        best = min(range(points), key=lambda k: loss(grid[k]))  # noqa: B023
+        losses = [loss(scale) for scale in grid]
+        best = losses.index(min(losses))
         low, high = grid[max(0, best - 1)], grid[min(points - 1, best + 1)]
     return layer.images((low + high) / 2 * direction)
 
@@ -194,8 +202,8 @@ def _separate(problem: Problem, layer: FirstLayer) -> Tensor:
     """The B images on which at least two rows each agree, in the order of the labels."""
     if layer.bias is None:
         raise ObservationError(
-            f"attack 'analytic': {layer.name!r} sends no bias gradient, which {problem.batch} images need; without it one image "
-            "can be computed. Use an attack with a loop: cinet"
+            f"attack 'analytic': {layer.name!r} sends no bias gradient, which {problem.batch} images need; without it only one "
+            "image can be computed. Use an attack with a loop: cinet"
         )
     rows = layer.bias.abs().argsort(descending=True)
     rows = rows[layer.bias[rows] != 0]
@@ -214,22 +222,36 @@ def _separate(problem: Problem, layer: FirstLayer) -> Tensor:
             "needs two units that it alone activates, as in a wide layer before a ReLU; use an attack with a loop: cinet"
         )
     found.sort(key=lambda image_rows: -len(image_rows[1]))
-    images, rows_of = zip(*found[: problem.batch], strict=True)
-    return _in_label_order(problem, layer, torch.stack(images), rows_of)
+    candidates, rows_of = zip(*found[: problem.batch], strict=True)
+    images = _in_label_order(problem, layer, torch.stack(candidates), rows_of)
+    error = _relative_error(problem, layer, images)
+    if error > EXACT:
+        raise ObservationError(
+            f"attack 'analytic': the {problem.batch} images on which rows of {layer.name!r} agree miss its gradient by "
+            f"{error:.1%}: they agree by chance, and the rows mix the images. Use an attack with a loop: cinet"
+        )
+    return images
 
 
 def _in_label_order(problem: Problem, layer: FirstLayer, images: Tensor, rows_of: tuple[Tensor, ...]) -> Tensor:
     """Assign images to labels: an image's own rows must have the bias gradient that its label gives them."""
     assert layer.bias is not None
     weight = next(iter(problem.client.weights.values()))
-    name = f"{layer.name}.bias" if layer.name else "bias"
     values, position = problem.labels.unique(return_inverse=True)
     costs = []
     for value in values:
-        bias = problem.client(images.to(weight), torch.full_like(problem.labels, int(value)))[name].double()
+        update = problem.client(images.to(weight), torch.full_like(problem.labels, int(value)))
+        bias = update[_parameter(layer.name, "bias")].double()
         costs.append(torch.stack([(bias - layer.bias)[rows].norm() / layer.bias[rows].norm() for rows in rows_of]))
     _, order = linear_sum_assignment(torch.stack(costs)[position].cpu().numpy())
     return images[torch.as_tensor(order, device=images.device)]
+
+
+def _relative_error(problem: Problem, layer: FirstLayer, images: Tensor) -> float:
+    """How far the layer's gradient for these images is from the observed one, relative to it."""
+    weight = next(iter(problem.client.weights.values()))
+    gradient = problem.client(images.to(weight), problem.labels)[_parameter(layer.name, "weight")].double()
+    return float((gradient - layer.weight).norm() / layer.weight.norm())
 
 
 PRESETS: dict[str, tuple[Attack, str]] = {

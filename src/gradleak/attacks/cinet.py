@@ -20,6 +20,7 @@ from gradleak.cinet import (
     Normalisation,
     OutputLayer,
     OutputRange,
+    SideBySide,
     choose_channels,
 )
 
@@ -30,6 +31,7 @@ class CINetAttack(Attack):
 
     Attributes:
         channels: c, or the over-parameterisation rule that sets it (:func:`gradleak.cinet.choose_channels`).
+        headroom: Range of the sigmoid output where the update does not tell the gain; else it is [0, 1].
 
     The other attributes are the generator's choices of appendix B (:class:`gradleak.cinet.CINet`). The defaults are our
     fastest good recipe, ``cinet``: Adam on signs with cosine decay, SiLU, sigmoid output, no spectral norm.
@@ -41,11 +43,18 @@ class CINetAttack(Attack):
     normalisation: Normalisation = "none"
     activation: Activation = "silu"
     output: OutputRange = "sigmoid"
+    headroom: float = Field(default=1.25, ge=1)
     output_layer: OutputLayer = "single"
     residual: bool = False
     convolutions: int = Field(default=2, ge=1, le=8)
 
-    def image_model(self, problem: Problem) -> CINet:
+    def image_model(self, problem: Problem) -> nn.Module:
+        if self.group > 1:
+            return SideBySide([self.generator(problem) for _ in range(self.group)])
+        return self.generator(problem)
+
+    def generator(self, problem: Problem) -> CINet:
+        """One generator of a whole batch."""
         channels = self.channels
         if not isinstance(channels, int):
             channels = choose_channels(
@@ -65,15 +74,17 @@ class CINetAttack(Attack):
             normalisation=self.normalisation,
             activation=self.activation,
             output=self.output,
+            headroom=self.headroom if problem.gain_blind and self.gain == "natural" else 1.0,
             output_layer=self.output_layer,
             residual=self.residual,
             convolutions=self.convolutions,
         )
 
     def describe(self, problem: Problem, image_model: nn.Module) -> dict[str, Any]:
-        assert isinstance(image_model, CINet)
-        size = sum(p.numel() for p in image_model.parameters())
-        return {"generator_channels": image_model.channels, "generator_parameters": size}
+        generator = image_model.members[0] if isinstance(image_model, SideBySide) else image_model
+        assert isinstance(generator, CINet)
+        size = sum(p.numel() for p in generator.parameters())
+        return {"generator_channels": generator.channels, "generator_parameters": size}
 
 
 PRESETS: dict[str, tuple[Attack, str]] = {

@@ -36,7 +36,7 @@ class IDLGAttack(Attack):
     learning_rate: float = Field(1.0, gt=0)
     schedule: Schedule = "constant"
     engine: EngineName = "exact"
-    gain: Literal["range", "free"] = "free"
+    gain: Literal["natural", "free"] = "free"
     initial: Initial = "normal"
 
     def image_model(self, problem: Problem) -> Pixels:

@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradleak.attacks.recipe import Attack, Problem, Schedule
-from gradleak.cinet import Activation, ChannelRule, CINet, Normalisation, OutputRange, block_widths, choose_channels
+from gradleak.cinet import (
+    Activation,
+    ChannelRule,
+    CINet,
+    Normalisation,
+    OutputRange,
+    SideBySide,
+    block_widths,
+    choose_channels,
+)
 from gradleak.distance import DISTANCES
 from gradleak.vjp import EngineName
 
@@ -101,11 +110,12 @@ class SkipGenerator(CINet):
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class GINASAttack(Attack):
-    r""":math:`\arg\min_G D(A(G(z_0, \theta_0), y), g^*)` over architectures, then :math:`\min_\theta` of the same  (Yu et al. 2025).
+    r""":math:`\min_G D(A(G(z_0, \theta_0), y), g^*)` over architectures, then :math:`\min_\theta` of it  (Yu et al. 2025).
 
     The search trains nothing: each candidate is scored by the matching loss of its first images, with the same latents
-    and, where architectures coincide, the same weights. The authors search 5-level U-Nets with random inputs; here it is
-    CI-Net's generator. Steps, rounds, activation and output are those of the authors' code.
+    and, where architectures coincide, the same weights. Each member of a group searches for itself. The authors search
+    5-level U-Nets with random inputs; here it is CI-Net's generator. Steps, rounds, activation and output are those of the
+    authors' code.
 
     Attributes:
         candidates: How many architectures are compared, drawn without repetition from :func:`search_space_size`; CI-Net's
@@ -115,20 +125,26 @@ class GINASAttack(Attack):
     The other attributes are choices of :class:`gradleak.cinet.CINet`.
     """
 
-    rounds: int = Field(30_000, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
+    rounds: int = Field(default=30_000, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
     schedule: Schedule = "constant"
     engine: EngineName = "exact"
-    gain: Literal["range", "free"] = "free"
-    candidates: int = Field(100, ge=1)
-    channels: int | ChannelRule = Field("auto", union_mode="left_to_right")
-    latent: int = Field(128, ge=1)
+    gain: Literal["natural", "free"] = "free"
+    candidates: int = Field(default=100, ge=1)
+    channels: int | ChannelRule = Field(default="auto", union_mode="left_to_right")
+    latent: int = Field(default=128, ge=1)
     normalisation: Normalisation = "none"
     activation: Activation = "leaky_relu"
     output: OutputRange = "sigmoid"
-    convolutions: int = Field(2, ge=1, le=8)
+    convolutions: int = Field(default=2, ge=1, le=8)
 
-    def image_model(self, problem: Problem) -> SkipGenerator:
+    def image_model(self, problem: Problem) -> nn.Module:
+        if self.group > 1:
+            return SideBySide([self.search(problem) for _ in range(self.group)])
+        return self.search(problem)
+
+    def search(self, problem: Problem) -> SkipGenerator:
+        """The generator of least first matching loss among the candidates, as it was when it was scored."""
         weight = next(iter(problem.client.weights.values()))
         seed = int(torch.randint(2**31, ()))
         blocks = len(self._generator(Architecture("nearest"), problem, seed).blocks)
@@ -162,7 +178,7 @@ class GINASAttack(Attack):
             torch.default_generator.manual_seed(seed)
             return SkipGenerator(
                 candidate,
-                batch=self.group * problem.batch,
+                batch=problem.batch,
                 image_shape=problem.image_shape,
                 channels=channels,
                 latent=self.latent,
@@ -173,15 +189,16 @@ class GINASAttack(Attack):
             )
 
     def describe(self, problem: Problem, image_model: nn.Module) -> dict[str, Any]:
-        assert isinstance(image_model, SkipGenerator)
+        generator = image_model.members[0] if isinstance(image_model, SideBySide) else image_model
+        assert isinstance(generator, SkipGenerator)
         return {
-            "generator_channels": image_model.channels,
-            "generator_parameters": sum(p.numel() for p in image_model.parameters()),
-            "architecture": image_model.architecture.describe(),
-            "search_space": search_space_size(len(image_model.blocks)),
+            "generator_channels": generator.channels,
+            "generator_parameters": sum(p.numel() for p in generator.parameters()),
+            "architecture": generator.architecture.describe(),
+            "search_space": search_space_size(len(generator.blocks)),
             "searched": [
                 {**found.describe(), "matching_loss": loss if math.isfinite(loss) else None}
-                for found, loss in image_model.candidates
+                for found, loss in generator.candidates
             ],
         }
 

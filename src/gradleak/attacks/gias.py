@@ -55,7 +55,7 @@ class LatentGenerator(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class GIASAttack(Attack):
-    r""":math:`\min_z`, then :math:`\min_w`, of :math:`D(A(G(z; w), y), g^*) + \alpha\, \mathrm{TV}(G(z; w))`  (Jeon et al. 2021).
+    r""":math:`\min_z`, then :math:`\min_w` of :math:`D(A(G(z; w), y), g^*) + \alpha\, \mathrm{TV}(G(z; w))`  (Jeon et al.).
 
     The defaults are the authors' script for 32-pixel ImageNet: cosine, unsigned Adam, 500 rounds at 3e-2 on the latents,
     then 5,000 at 1e-3 on the weights, each with a tenth of the rate after 3/8, 5/8 and 7/8. They bring a StyleGAN2; here
@@ -72,20 +72,20 @@ class GIASAttack(Attack):
         width: Channels of an untrained generator (:class:`gradleak.dcgan.Generator`).
     """
 
-    rounds: int = Field(5500, ge=1)
+    rounds: int = Field(default=5500, ge=1)
     distance: DistanceName = "cosine"
     signed: bool = False
-    learning_rate: float = Field(3e-2, gt=0)
+    learning_rate: float = Field(default=3e-2, gt=0)
     schedule: Schedule = "step"
     engine: EngineName = "exact"
-    gain: Literal["range", "free"] = "free"
+    gain: Literal["natural", "free"] = "free"
     generator: str | None = None
     weights: Weights = "per-image"
-    latent_share: float = Field(1 / 11, ge=0, le=1)
-    weight_learning_rate: float = Field(1e-3, gt=0)
-    total_variation: float = Field(1e-6, ge=0)
-    latent: int = Field(100, ge=1)
-    width: int = Field(64, ge=1)
+    latent_share: float = Field(default=1 / 11, ge=0, le=1)
+    weight_learning_rate: float = Field(default=1e-3, gt=0)
+    total_variation: float = Field(default=1e-6, ge=0)
+    latent: int = Field(default=100, ge=1)
+    width: int = Field(default=64, ge=1)
 
     def image_model(self, problem: Problem) -> LatentGenerator:
         if self.generator is None:
@@ -94,7 +94,7 @@ class GIASAttack(Attack):
             generator = Generator.load(Path(self.generator).expanduser())
             if generator.image_shape != problem.image_shape:
                 found, wanted = ("x".join(map(str, shape)) for shape in (generator.image_shape, problem.image_shape))
-                raise ModelError(f"{self.generator}: makes images of {found}, the client's are {wanted}; train one of that size")
+                raise ModelError(f"{self.generator}: makes images of {found}, the client's are {wanted}; train another")
         return LatentGenerator(generator, images=self.group * problem.batch, weights=self.weights)
 
     def prior(self, images: Tensor, problem: Problem) -> Tensor:

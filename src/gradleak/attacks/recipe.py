@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from gradleak.client import FedSGD
     from gradleak.observation import Observation, Update
 
+#: Below this sensitivity the update does not tell the gain of the images.
+GAIN_BLIND = 0.02
+
 Schedule = Literal["constant", "cosine", "step"]
 
 
@@ -32,12 +35,19 @@ class Problem:
         client: The operator A at the observed weights, on the device and in the precision of the run.
         observed: g* there, name -> tensor.
         labels: B labels that the attack uses, there.
+        gain_sensitivity: How much A depends on the gain of random images (:mod:`gradleak.invariance`).
     """
 
     observation: Observation
     client: FedSGD
     observed: Update
     labels: Tensor
+    gain_sensitivity: float
+
+    @property
+    def gain_blind(self) -> bool:
+        """Whether the update does not tell the gain of the images."""
+        return self.gain_sensitivity < GAIN_BLIND
 
     @property
     def batch(self) -> int:
@@ -75,8 +85,8 @@ class Attack:
         engine: Transpose of the client operator: ``auto`` (self-checking secant), ``secant``, ``exact``.
         precision: ``float32`` or ``float64``.
         patience: Stop after so many rounds in which the best loss fell by less than 1 %; None: never.
-        gain: Where the update does not depend on the images' overall gain: ``range`` puts the brightest values at 1
-            (:func:`gradleak.invariance.bright_gain`), ``free`` leaves it where the optimiser ended.
+        gain: Where the update does not depend on the images' overall gain: ``natural`` holds it near that of photographs
+            and puts the brightest values at 1 in the end (:mod:`gradleak.invariance`), ``free`` lets it drift.
         group: Members with other seeds that are fitted side by side; the one with the least matching loss is kept.
         repeat: Restarts with other seeds; the one with the least matching loss is kept.
         snapshots: How many intermediate reconstructions are kept.
@@ -94,7 +104,7 @@ class Attack:
     engine: EngineName = "auto"
     precision: Literal["float32", "float64"] = "float32"
     patience: int | None = Field(default=None, ge=1)
-    gain: Literal["range", "free"] = "range"
+    gain: Literal["natural", "free"] = "natural"
     group: int = Field(default=1, ge=1)
     repeat: int = Field(default=1, ge=1)
     snapshots: int = Field(default=12, ge=0, le=64)

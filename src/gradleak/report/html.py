@@ -155,7 +155,7 @@ def _tiles(data: ReportData, measured: list[_Metric]) -> list[dict[str, str]]:
         for m in _METRICS:
             row = metrics.get(m.key) or {}
             if m.key != "fsim" and (m in measured or m.key in notes):
-                note = m.better if m in measured else str(notes[m.key])
+                note = m.better if m in measured else "not computed: see the notes below"
                 tiles.append({"name": f"mean {m.name}", "value": _number(row.get("mean"), m.digits, m.unit), "note": note})
         worst = (metrics.get("ssim") or {}).get("worst")
         if _known(worst) is not None:
