@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from gradleak.errors import GradleakError, SpecError, nearest
+from gradleak.errors import GradleakError, OutputError, SpecError, nearest
 
 app = typer.Typer(
     name="gradleak",
@@ -53,10 +53,14 @@ def capture(
     from gradleak import run
     from gradleak.spec import load
 
-    paths = [p for p in (out, truth) if p is not None]
-    for path in paths:
-        run.prepare_file(path, force=force)
-    client = run.simulate_client(load(spec, set_))
+    loaded = load(spec, set_)
+    run.prepare(loaded)
+    if truth is not None and truth.resolve() == out.resolve():
+        raise OutputError(f"--truth {truth}: is the file of the update; give the private batch a file of its own")
+    for path in (out, truth):
+        if path is not None:
+            run.prepare_file(path, force=force)
+    client = run.simulate_client(loaded)
     client.observation.save(out)
     typer.echo(f"update: {out} ({client.operator.parameters:,} numbers from {client.observation.batch} images)")
     if truth is not None:
@@ -71,6 +75,9 @@ def invert(
     model: Annotated[
         str | None, typer.Option("--model", help="Built-in name, file.py:function or module:function (runs that code)")
     ] = None,
+    loss: Annotated[
+        str | None, typer.Option("--loss", help="The client's own loss, file.py:function or module:function (runs that code)")
+    ] = None,
     set_: Set = None,
     out: Out,
     force: Force = False,
@@ -80,7 +87,7 @@ def invert(
     from gradleak import run
     from gradleak.observation import Observation
 
-    observation = Observation.load(update)
+    observation = Observation.load(update, loss=loss)
     spec = run.spec_for(observation, model=model, overrides=set_ or [], where=str(update))
     result = run.invert_observation(
         observation, spec, out, where=str(update), force=force, progress=not quiet, command=_command()
@@ -140,16 +147,17 @@ def train_generator(
 
 @app.command("list")
 def list_(
-    what: Annotated[str | None, typer.Argument(help="attacks, models, datasets, labels, or nothing for all")] = None,
+    what: Annotated[str | None, typer.Argument(help="attacks, models, datasets, labels, defences, or nothing for all")] = None,
 ) -> None:
     """What can be named in a specification."""
-    from gradleak import attacks, data, labels, models
+    from gradleak import attacks, data, defences, labels, models
 
     known: dict[str, dict[str, str]] = {
         "attacks": attacks.available(),
         "models": dict.fromkeys(models.available(), ""),
         "datasets": data.available(),
         "labels": labels.RULES,
+        "defences": defences.available(),
     }
     if what is not None and what not in known:
         raise SpecError(f"list: unknown {what!r}{nearest(what, known)}")

@@ -209,7 +209,8 @@ class DPSGD(Defence):
     r"""Differentially private SGD: :math:`g' = \frac1B \big(\sum_i g_i \min(1, C / \|g_i\|) + z C n\big)` (Abadi et al. 2016).
 
     :math:`g_i` is image i's own gradient, n standard normal. The client's gradients are Opacus' (``GradSampleModule``). An
-    attacker averages over B clipped clients of one image each and ignores the noise: B backward passes of one image.
+    attacker averages over B clipped clients of one image each and ignores the noise: B backward passes of one image, and
+    memory for B updates.
 
     Per-sample gradients do not exist with batch statistics, so F must not have batch norm: see :func:`prepare`.
 
@@ -250,7 +251,7 @@ class Soteria(Defence):
     With r the layer's input, feature f is scored by :math:`s_f = \sum_i \|\partial r_{if} / \partial x_i\| / |r_{if}|`, and the
     columns of the weight's gradient with the smallest scores are set to zero (Sun et al., CVPR 2021: those features
     with the largest :math:`|r_f| \, \|\partial r_f / \partial x\|^{-1}`; a batch is summed over as in the authors' code).
-    Features that are zero for every image have nothing to hide and are not chosen; a zero feature of one image adds nothing.
+    Features that are zero for every image have nothing to hide and are chosen last; a zero feature of one image adds nothing.
 
     One backward pass for each feature. The zeros show which columns were pruned, so an attacker compares the others only.
 
@@ -433,11 +434,12 @@ class PerImage(Around):
             private = _opacus("opacus").GradSampleModule(model, loss_reduction="mean")
         except NotImplementedError as fault:
             raise ModelError(f"dp-sgd: Opacus has no per-sample gradients for this model: {fault}") from None
-        self.training_loss(private(images), labels).backward()
+        # hooks that see no input gradient warn
+        self.training_loss(private(images.detach().requires_grad_()), labels).backward()
+        sent: dict[str, Any] = {name: p for name, p in model.named_parameters() if name in self.weights}
+        # None: F does not use the parameter
         samples = {
-            name: torch.zeros(len(images), *p.shape).to(p) if p.grad_sample is None else p.grad_sample
-            for name, p in model.named_parameters()
-            if name in self.weights
+            name: p.new_zeros(len(images), *p.shape) if p.grad_sample is None else p.grad_sample for name, p in sent.items()
         }
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in samples.values()]).norm(dim=0)
         factors = (self.defence.clip / norms).clamp(max=1)

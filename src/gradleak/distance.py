@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from gradleak.observation import Update
 
@@ -28,7 +26,7 @@ def squared_l2(update: Update, observed: Update) -> tuple[float, Update]:
         The distance, and its cotangent (names of ``observed``).
     """
     residual = {name: update[name] - target for name, target in observed.items()}
-    return _squared_norm(residual), {name: 2 * r for name, r in residual.items()}
+    return norm(residual) ** 2, {name: 2 * r for name, r in residual.items()}
 
 
 def cosine(update: Update, observed: Update) -> tuple[float, Update]:
@@ -44,19 +42,22 @@ def cosine(update: Update, observed: Update) -> tuple[float, Update]:
     Returns:
         The distance in [0, 2], and its cotangent (names of ``observed``). A zero update is at distance 1 from everything.
     """
-    norm = math.sqrt(_squared_norm({name: update[name] for name in observed}))
-    target_norm = math.sqrt(_squared_norm(observed))
-    if norm == 0 or target_norm == 0:
+    size, observed_size = norm({name: update[name] for name in observed}), norm(observed)
+    if size == 0 or observed_size == 0:
         return 1.0, {name: torch.zeros_like(target) for name, target in observed.items()}
-    unit = {name: update[name] / norm for name in observed}
-    error = {name: target / target_norm - unit[name] for name, target in observed.items()}
-    value = _squared_norm(error) / 2
-    return value, {name: e.add_(unit[name], alpha=value).mul_(-1 / norm) for name, e in error.items()}
+    unit = {name: update[name] / size for name in observed}
+    error = {name: target / observed_size - unit[name] for name, target in observed.items()}
+    value = norm(error) ** 2 / 2
+    return value, {name: e.add_(unit[name], alpha=value).mul_(-1 / size) for name, e in error.items()}
 
 
 DISTANCES: dict[str, Distance] = {"cosine": cosine, "squared-l2": squared_l2}
 
 
-def _squared_norm(update: Update) -> float:
-    parts: list[Tensor] = [t.square().sum(dtype=torch.float64) for t in update.values()]
-    return float(torch.stack(parts).sum())
+def norm(update: Update) -> float:
+    """Euclidean norm of an update, all tensors as one vector; also where squares leave the range of float32."""
+    tensors = list(update.values())
+    size = float(torch.stack([torch.linalg.vector_norm(t) for t in tensors]).double().norm())
+    if 1e-15 < size < 1e15:
+        return size
+    return float(torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]).norm())

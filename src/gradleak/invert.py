@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gradleak.attacks import Attack, Problem
-from gradleak.client import FedSGD
+from gradleak.client import ClientOperator
 from gradleak.distance import DISTANCES
 from gradleak.errors import DivergedError
 from gradleak.invariance import bright_gain, gain_sensitivity, hold_gain
@@ -34,8 +34,8 @@ class Reconstruction:
         labels: The labels the attack used, and the rule that gave them.
         matching_loss: The least matching loss.
         best_round: Its round, counted from 1.
-        rounds: Rounds run.
-        seconds: Wall time of the loop.
+        rounds: Rounds run, of the restart that is kept.
+        seconds: Wall time, all restarts together.
         stopped: Why the loop ended.
         history: One row a round: ``round``, ``loss``, ``learning_rate``, ``seconds``.
         snapshots: S x B x C x H x W, uint8, iterates of ``snapshot_rounds``.
@@ -61,7 +61,7 @@ def invert(
     observation: Observation,
     attack: Attack,
     *,
-    client: FedSGD,
+    client: ClientOperator,
     labels: Labels,
     seed: int = 0,
     progress: bool = True,
@@ -88,7 +88,8 @@ def invert(
     problem = Problem(
         observation=observation,
         client=client,
-        observed={name: t.to(device, dtype) for name, t in observation.update.items()},
+        # in the client's order, not the file's: sums over tensors then give the same last bit
+        observed={name: observation.update[name].to(device, dtype) for name in client.weights},
         labels=y,
         gain_sensitivity=gain_sensitivity(client, probe.to(device, dtype), y),
     )
@@ -96,8 +97,15 @@ def invert(
     images = attack.closed_form(problem)
     if images is not None:
         return _without_loop(problem, attack, labels, images, seconds=time.perf_counter() - start)
-    runs = [_run(problem, attack, labels, seed=seed + k, progress=progress) for k in range(attack.repeat)]
-    return min(runs, key=lambda run: run.matching_loss)
+    runs: list[Reconstruction] = []
+    for k in range(attack.repeat):
+        try:
+            runs.append(_run(problem, attack, labels, seed=seed + k, progress=progress))
+        except DivergedError:
+            if k == attack.repeat - 1 and not runs:
+                raise
+    best = min(runs, key=lambda run: run.matching_loss)
+    return dataclasses.replace(best, seconds=time.perf_counter() - start)
 
 
 def _without_loop(problem: Problem, attack: Attack, labels: Labels, images: Tensor, *, seconds: float) -> Reconstruction:
@@ -139,7 +147,7 @@ def _run(problem: Problem, attack: Attack, labels: Labels, *, seed: int, progres
     device = weight.device
     distance = DISTANCES[attack.distance]
     transpose_engine = engine(attack.engine)
-    with _seeded(seed, device):
+    with _seeded(seed):
         image_model = attack.image_model(problem).to(weight)
     natural = attack.gain == "natural" and problem.gain_blind
     best = _Best()
@@ -200,7 +208,7 @@ def _run(problem: Problem, attack: Attack, labels: Labels, *, seed: int, progres
             try:
                 loss = float(phase.optimiser.step(lambda: evaluate(parameters)))  # noqa: B023
             except _NotFinite as fault:
-                if not history:
+                if math.isinf(best.loss):
                     raise DivergedError(
                         f"the first matching loss is {fault}: F's gradient at the attack's first images is not finite; "
                         'try attack.precision="float64", or another seed'
@@ -228,19 +236,21 @@ def _run(problem: Problem, attack: Attack, labels: Labels, *, seed: int, progres
     notes = attack.describe(problem, image_model)
     gain = bright_gain(best.images) if natural else 1.0
     images = (gain * best.images).clamp(0, 1)
+    if gain != 1 and distance(client(images, best.labels), observed)[0] > 1.5 * best.loss:
+        gain, images = 1.0, best.images.clamp(0, 1)  # the update has the last word
     notes["gain_check"] = {"sensitivity": problem.gain_sensitivity, "applied": gain}
     if isinstance(transpose_engine, SelfChecking):
         notes["engine_check"] = {
             "in_use": "secant" if transpose_engine.trusted else "exact",
             "step": transpose_engine.step,
-            "relative_error": transpose_engine.error,
+            "relative_error": transpose_engine.error if math.isfinite(transpose_engine.error) else None,
         }
     return Reconstruction(
         images=images.float().cpu(),
         labels=Labels(best.labels.cpu(), "joint" if attack.joint_labels else labels.rule),
         matching_loss=best.loss,
         best_round=best.round,
-        rounds=len(history),
+        rounds=max(1, len(history)),
         seconds=time.perf_counter() - start,
         stopped=stopped,
         history=history,
@@ -305,10 +315,10 @@ def _eight_bit(images: Tensor) -> Tensor:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def _seeded(seed: int) -> Iterator[None]:
     """A fixed random state inside; the caller's own state is untouched."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # image models are made on the CPU
         yield
 
 

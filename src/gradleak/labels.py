@@ -130,7 +130,8 @@ def rlg(observation: Observation, client: ClientOperator) -> Tensor:
 
     .. math:: r^\top q_c < 0, \qquad r^\top q_k \ge 0 \quad (k \ne c),
 
-    which is a linear program for each class (Dang et al. 2021). That gives the classes, not how often each occurs: where
+    which is a linear program for each class (Dang et al. 2021). Absent classes become separable too as B nears the number of
+    classes. That gives the classes, not how often each occurs: where
     fewer than B are found, the rest is filled up among them by :func:`counts` (our choice); of more, the B best separated ones
     are kept.
 
@@ -174,7 +175,8 @@ def ilrg(observation: Observation, client: ClientOperator) -> Tensor:
               \sum_j n_j \, \bar p_{jk} - n_k = B \, \partial L / \partial b_k \;\; \forall k, \quad \sum_k n_k = B,
 
     solved for the counts n by the pseudo-inverse (Ma et al. 2023). Where :func:`counts` takes one mean probability for
-    all images, this one has one for each class. Counts are rounded as by :func:`counts`.
+    all images, this one has one for each class. Weak where F is confident: :math:`\bar p_k \approx e_k` leaves no equation
+    for :math:`n_k`. Counts are rounded as by :func:`counts`.
 
     Returns:
         B labels, sorted.

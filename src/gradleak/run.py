@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from gradleak import data, models
 from gradleak.attacks import Attack, attack
 from gradleak.attacks.recipe import GAIN_BLIND
-from gradleak.client import FedSGD, operator, simulate
+from gradleak.client import ClientOperator, Cost, build_client, defence_costs, operator, simulate
+from gradleak.defences import parse as defences_of
 from gradleak.errors import DivergedError, ModelError, ObservationError, OutputError, SpecError
 from gradleak.evaluate import Evaluation, evaluate, mean_image_control, quality_over_rounds, verdict
 from gradleak.files import write_atomically
@@ -37,12 +38,13 @@ RUN_FILES = (RESULT, RECONSTRUCTION, SPEC, LOG, "report.html", "grid.png")
 
 @dataclasses.dataclass(frozen=True)
 class Client:
-    """A simulated client: its private batch, F, the operator A, and what the server holds."""
+    """A simulated client: its private batch, F, the operator A, what the server holds, and what its defences cost."""
 
     truth: Truth
     model: nn.Module
-    operator: FedSGD
+    operator: ClientOperator
     observation: Observation
+    costs: list[Cost]
 
 
 def simulate_client(spec: RunSpec) -> Client:
@@ -50,12 +52,21 @@ def simulate_client(spec: RunSpec) -> Client:
     truth = data.load(spec.data)
     channels, height, width = truth.images.shape[1:]
     model = models.build(spec.model, image_shape=(channels, height, width))
-    client = FedSGD(model, loss=spec.client.loss, mode=spec.client.mode)
-    # a file or module named by a user is not rebuilt from an update file: that would run what the file names
-    built_in = None if ":" in spec.model.name else spec.model
-    granted = spec.labels.rule == "known"
-    observation = simulate(client, truth, grant_labels=granted, model=built_in)
-    return Client(truth, model, client, observation)
+    defences = defences_of(spec.defence)
+    client = build_client(model, spec.client, len(truth.images), defences=defences)
+    observation = simulate(
+        client,
+        truth,
+        grant_labels=spec.labels.rule == "known",
+        grant_batch_statistics=spec.threat.batch_statistics,
+        grant_surrogate_data=spec.threat.surrogate_data,
+        # a file or module named by a user is not rebuilt from an update file: that would run what the file names
+        model=None if ":" in spec.model.name else spec.model,
+        seed=spec.client.seed,
+    )
+    defended = defences or spec.client.transport is not None
+    costs = defence_costs(model, spec.client, truth, defences=defences, seed=spec.client.seed) if defended else []
+    return Client(truth, model, client, observation, costs)
 
 
 def audit(spec: RunSpec, out: Path, *, force: bool = False, progress: bool = True, command: str = "") -> dict[str, Any]:
@@ -72,13 +83,17 @@ def audit(spec: RunSpec, out: Path, *, force: bool = False, progress: bool = Tru
         The content of ``result.json``.
     """
     recipe, device = prepare(spec)
-    prepare_folder(out, force=force)
+    check_folder(out, force=force)
     client = simulate_client(spec)
+    prepare_folder(out, force=force)
     reconstruction = attack_observation(client.observation, client.model, recipe, spec, device, progress=progress)
     controls, warnings = _controls(client, recipe, spec, device, progress=progress) if spec.evaluate.controls else ({}, [])
-    result = describe(spec, recipe, client.observation, client.operator, reconstruction, device, command=command)
+    result = describe(
+        spec, recipe, client.observation, client.operator, reconstruction, device, simulated=True, command=command
+    )
     result["warnings"] += warnings
     result |= {"controls": controls} if controls else {}
+    result |= {"defence_costs": [dataclasses.asdict(cost) for cost in client.costs]} if client.costs else {}
     text = dump(resolve(spec, recipe))
     return write_run(out, result, reconstruction, spec_text=text, truth=client.truth, lpips=spec.evaluate.lpips)
 
@@ -117,11 +132,12 @@ def invert_observation(
         where: What an error message calls the observation, its file name.
     """
     recipe, device = prepare(spec)
-    prepare_folder(out, force=force)
+    check_folder(out, force=force)
     model = models.build(spec.model, image_shape=observation.image_shape)
     client = operator(observation, model, where=where)
+    prepare_folder(out, force=force)
     reconstruction = attack_observation(observation, model, recipe, spec, device, progress=progress, where=where)
-    result = describe(spec, recipe, observation, client, reconstruction, device, command=command)
+    result = describe(spec, recipe, observation, client, reconstruction, device, simulated=False, command=command)
     text = f"# gradleak invert {where}\n" + dump(resolve(spec, recipe), leave_out={"data", "client", "evaluate"})
     return write_run(out, result, reconstruction, spec_text=text)
 
@@ -143,6 +159,10 @@ def evaluate_run(folder: Path, truth: Truth, *, lpips: str = "auto") -> dict[str
     except ValueError as error:
         raise OutputError(f"{folder}: {RESULT} or {LOG} is damaged: {error}") from None
     tensors, _ = read_tensors(folder / RECONSTRUCTION, error=OutputError)
+    if not isinstance(result, dict) or not {"labels", "cost", "matching_loss"} <= result.keys():
+        raise OutputError(f"{folder}: {RESULT} is not what `gradleak invert` or `audit` writes")
+    if not {"images", "labels"} <= tensors.keys():
+        raise OutputError(f"{folder}: {RECONSTRUCTION} has no tensors 'images' and 'labels'")
     snapshots = tensors.get("snapshots", torch.empty(0))
     return _finish(
         folder,
@@ -201,6 +221,14 @@ def choose_device(name: str) -> torch.device:
     return torch.device(wanted)
 
 
+def check_folder(out: Path, *, force: bool = False) -> None:
+    """Raise :class:`~gradleak.errors.OutputError` for a path that is no folder, or a folder with files and no ``force``."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: exists and is not a folder; choose another --out")
+    if out.is_dir() and not force and any(out.iterdir()):
+        raise OutputError(f"{out}: the folder is not empty; choose another --out, or overwrite it with --force")
+
+
 def prepare_folder(out: Path, *, force: bool = False) -> None:
     """Create a private run folder (0700). An earlier run's files are removed only with ``force``; nothing else ever is.
 
@@ -208,14 +236,11 @@ def prepare_folder(out: Path, *, force: bool = False) -> None:
         OutputError: Not a folder, not empty, or not writable.
     """
     try:
-        if out.exists() and not out.is_dir():
-            raise OutputError(f"{out}: exists and is not a folder; choose another --out")
-        if out.is_dir() and any(out.iterdir()):
-            if not force:
-                raise OutputError(f"{out}: the folder is not empty; choose another --out, or overwrite it with --force")
-            for name in RUN_FILES:
-                (out / name).unlink(missing_ok=True)
+        check_folder(out, force=force)
+        for name in RUN_FILES:
+            (out / name).unlink(missing_ok=True)
         out.mkdir(mode=0o700, parents=True, exist_ok=True)
+        out.chmod(0o700)
         if not os.access(out, os.W_OK):
             raise OutputError(f"{out}: the folder is not writable")
     except OSError as error:
@@ -231,19 +256,20 @@ def describe(
     spec: RunSpec,
     recipe: Attack,
     observation: Observation,
-    client: FedSGD,
+    client: ClientOperator,
     reconstruction: Reconstruction,
     device: torch.device,
     *,
+    simulated: bool,
     command: str = "",
 ) -> dict[str, Any]:
-    """What result.json says of a run without its truth."""
+    """What result.json says of a run without its truth; ``simulated``: whether the client was."""
     return {
         "attack": {"name": spec.attack["name"], **dataclasses.asdict(recipe), **reconstruction.notes},
         "matching_loss": reconstruction.matching_loss,
         "best_round": reconstruction.best_round,
         "stopped": reconstruction.stopped,
-        "assumptions": assumptions(spec, observation, client, reconstruction),
+        "assumptions": assumptions(spec, observation, client, reconstruction, simulated=simulated),
         "labels": {"rule": reconstruction.labels.rule, "values": reconstruction.labels.values.tolist(), "accuracy": None},
         "cost": {
             "rounds": reconstruction.rounds,
@@ -262,14 +288,36 @@ def describe(
     }
 
 
+def _protocol(observation: Observation) -> str:
+    """The client's protocol in words."""
+    spec = observation.protocol
+    text = {
+        "fedsgd": "FedSGD: one gradient of one batch",
+        "fedavg": f"FedAvg: {spec.epochs} local epochs in batches of {spec.local_batch or observation.batch}, rate "
+        f"{spec.learning_rate}, momentum {spec.momentum}, order {spec.order}",
+        "average": f"the average of several clients' gradients, {spec.clients}",
+    }[spec.protocol]
+    text += f"; sent layers: {', '.join(spec.layers)}" if spec.layers else ""
+    return text + (f"; sent as {spec.transport}" if spec.transport else "")
+
+
+def _weights(spec: RunSpec, observation: Observation, *, simulated: bool) -> str:
+    """Where W comes from, in words."""
+    if not simulated and observation.weights:
+        return "came with the update"
+    if spec.model.weights is not None:
+        return "from a file"
+    return "the model's own" if ":" in spec.model.name else f"random initialisation, seed {spec.model.seed}"
+
+
 def assumptions(
-    spec: RunSpec, observation: Observation, client: FedSGD, reconstruction: Reconstruction
+    spec: RunSpec, observation: Observation, client: ClientOperator, reconstruction: Reconstruction, *, simulated: bool
 ) -> list[dict[str, str]]:
     """The assumptions box: what the attacker was granted, and what F and the batch were."""
     key = "D" if reconstruction.notes.get("surrogate_data") else letter(observation)
     unknowns = observation.batch * observation.image_shape[0] * observation.image_shape[1] * observation.image_shape[2]
     counts = torch.bincount(reconstruction.labels.values)
-    repeats = int((counts - 1).clamp_min(0).sum())
+    repeats = int(counts[counts > 1].sum())
     rule = reconstruction.labels.rule
     kinds = sorted({type(m).__name__ for m in client.model.modules() if type(m).__module__.endswith(".activation")})
     coupled, gain = client.has_batch_statistics, reconstruction.notes["gain_check"]
@@ -279,7 +327,7 @@ def assumptions(
         ("Labels", "granted" if rule == "known" else f"recovered from the update, rule {rule!r}", "order does not matter"),
         ("Repeated labels", f"{repeats} of {observation.batch} images share a class with another", "they mix with each other"),
         ("Batch size", str(observation.batch), "known to the server"),
-        ("Client", "FedSGD: one gradient of one batch", f"loss: {observation.protocol.loss}"),
+        ("Client", _protocol(observation), f"loss: {observation.protocol.loss}"),
         (
             "Mode",
             observation.protocol.mode,
@@ -297,11 +345,7 @@ def assumptions(
             else "reconstruction left as it ended",
         ),
         ("Activations of F", ", ".join(kinds) or "none as modules", "attacks of this kind are far stronger on smooth ones"),
-        (
-            "Weights",
-            "from a file" if spec.model.weights is not None else f"random initialisation, seed {spec.model.seed}",
-            "a trained model can leak differently",
-        ),
+        ("Weights", _weights(spec, observation, simulated=simulated), "a trained model can leak differently"),
         (
             "Counting",
             f"P(F) = {client.parameters:,} equations for B*C*H*W = {unknowns:,} unknowns",
@@ -309,14 +353,23 @@ def assumptions(
             if client.parameters < unknowns
             else "enough equations for a unique answer; not a guarantee of one",
         ),
-        ("Defences", "none", "the update is sent as it is"),
+        (
+            "Defences",
+            ", ".join(d.name for d in observation.defences) or "none",
+            "the attacker knows them" if observation.defences else "the update is sent as it is",
+        ),
+        *(("The audited model", note, "the figures hold for that model") for note in client.notes),
     ]
     if client.has_dropout:
         rows.append(("Dropout", "switched off in the client", "the server could not know its masks"))
+    if observation.batch_statistics is not None:
+        rows.append(("Batch statistics", "granted", "mean and variance of the client's batch at every batch-norm layer"))
+    if reconstruction.notes.get("surrogate_data") or observation.surrogate_data:
+        rows.append(("Surrogate data", "held by the attacker", "for example a generator trained on public images"))
     return [{"name": name, "value": value, "why": why} for name, value, why in rows]
 
 
-def advice(observation: Observation, client: FedSGD) -> list[dict[str, str]]:
+def advice(observation: Observation, client: ClientOperator) -> list[dict[str, str]]:
     """What would lower the leak, most effective first."""
     rows = [
         (

@@ -17,7 +17,7 @@ from gradleak.distance import DistanceName
 from gradleak.vjp import EngineName
 
 if TYPE_CHECKING:
-    from gradleak.client import FedSGD
+    from gradleak.client import ClientOperator
     from gradleak.observation import Observation, Update
 
 #: Below this sensitivity the update does not tell the gain of the images.
@@ -39,7 +39,7 @@ class Problem:
     """
 
     observation: Observation
-    client: FedSGD
+    client: ClientOperator
     observed: Update
     labels: Tensor
     gain_sensitivity: float
