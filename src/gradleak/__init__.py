@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from gradleak.attacks import attack
-from gradleak.client import FedSGD, operator, simulate
+from gradleak.client import Average, ClientOperator, FedAvg, FedSGD, build_client, operator, simulate
 from gradleak.data import load as load_data
 from gradleak.errors import GradleakError
 from gradleak.evaluate import Evaluation, evaluate
@@ -17,7 +17,7 @@ from gradleak.labels import Labels, recover
 from gradleak.models import build as build_model
 from gradleak.observation import Observation, Truth, Update
 from gradleak.run import audit
-from gradleak.spec import ClientSpec, DataSpec, ModelSpec, RunSpec, load
+from gradleak.spec import ClientSpec, DataSpec, DefenceSpec, ModelSpec, RunSpec, ThreatSpec, load
 
 try:
     __version__ = version("gradleak")
@@ -25,9 +25,13 @@ except PackageNotFoundError:  # running from a source tree that is not installed
     __version__ = "0"
 
 __all__ = [
+    "Average",
+    "ClientOperator",
     "ClientSpec",
     "DataSpec",
+    "DefenceSpec",
     "Evaluation",
+    "FedAvg",
     "FedSGD",
     "GradleakError",
     "Labels",
@@ -35,10 +39,12 @@ __all__ = [
     "Observation",
     "Reconstruction",
     "RunSpec",
+    "ThreatSpec",
     "Truth",
     "Update",
     "attack",
     "audit",
+    "build_client",
     "build_model",
     "evaluate",
     "invert",

@@ -132,7 +132,13 @@ def simulate(
         raise SpecError("threat.batch_statistics: the model has no batch-norm layer, so there are no statistics to grant")
     if bad := _out_of_range(labels, classes):
         raise DataError(f"{bad}; set model.num_classes, or choose other images")
-    update = client.sent(images, labels, torch.Generator().manual_seed(seed))
+    try:
+        update = client.sent(images, labels, torch.Generator().manual_seed(seed))
+    except ValueError as error:  # torch's batch norm: one value per channel has no variance
+        raise DataError(
+            f"the client cannot compute its update from {len(images)} images of {tuple(images.shape[1:])}: {error}; use more "
+            'or larger images, or client.mode="eval"'
+        ) from None
     return Observation(
         update={name: t.cpu() for name, t in update.items()},
         weights={name: t.cpu() for name, t in {**client.weights, **client.frozen}.items()},

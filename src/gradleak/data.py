@@ -28,7 +28,8 @@ else:
 Box = tuple[float, float, float]
 """A square of a photograph: (left, top, side) in units of the photograph's height."""
 
-#: Photographs in the scikit-image wheel (CC0, public domain or without known restrictions) and squares of them that show something each.
+#: Photographs in the scikit-image wheel (CC0, public domain or without known restrictions), and squares of them that
+#: show something each.
 PHOTOGRAPHS: dict[str, tuple[Box, ...]] = {
     "astronaut.png": (
         (0.00, 0.00, 1.00),

@@ -225,9 +225,9 @@ class DPSGD(Defence):
     name: ClassVar[str] = "dp-sgd"
     clip: float = Field(gt=0)
     noise: float = Field(ge=0)
-    sample_rate: float = Field(1.0, gt=0, le=1)
-    steps: int = Field(1, ge=1)
-    delta: float = Field(1e-5, gt=0, lt=1)
+    sample_rate: float = Field(default=1.0, gt=0, le=1)
+    steps: int = Field(default=1, ge=1)
+    delta: float = Field(default=1e-5, gt=0, lt=1)
 
     @property
     def epsilon(self) -> float | None:
@@ -304,7 +304,7 @@ class Mask(UpdateMap):
     keep: Mapping[str, Tensor]
 
     def expected(self, update: Update) -> Update:
-        return {name: t * self.keep[name].to(t) if name in self.keep else t for name, t in update.items()}
+        return {name: t.where(self.keep[name], 0) if name in self.keep else t for name, t in update.items()}
 
     def transpose(self, update: Update, cotangent: Update) -> Update:
         return self.expected(cotangent)

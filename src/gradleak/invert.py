@@ -286,7 +286,8 @@ def noise_update(observation: Observation, *, seed: int = 0) -> Observation:
     An attack that still "reconstructs" something from it shows its prior, not the client's images.
     """
     generator = torch.Generator().manual_seed(seed)
-    noise = {name: torch.randn(t.shape, generator=generator).to(t) for name, t in observation.update.items()}
+    # what the client visibly did not send stays unsent, or the control would be another problem
+    noise = {name: torch.randn(t.shape, generator=generator).to(t) * (t != 0) for name, t in observation.update.items()}
     update = {
         name: n * (observation.update[name].norm() / n.norm().clamp_min(torch.finfo(n.dtype).tiny)) for name, n in noise.items()
     }

@@ -19,6 +19,7 @@ from gradleak import data, models
 from gradleak.attacks import Attack, attack
 from gradleak.attacks.recipe import GAIN_BLIND
 from gradleak.client import ClientOperator, Cost, build_client, defence_costs, operator, simulate
+from gradleak.defences import DPSGD, visible_mask
 from gradleak.defences import parse as defences_of
 from gradleak.errors import DivergedError, ModelError, ObservationError, OutputError, SpecError
 from gradleak.evaluate import Evaluation, evaluate, mean_image_control, quality_over_rounds, verdict
@@ -133,12 +134,14 @@ def invert_observation(
     """
     recipe, device = prepare(spec)
     check_folder(out, force=force)
+    surrogate = observation.surrogate_data or spec.threat.surrogate_data
+    observation = dataclasses.replace(observation, surrogate_data=surrogate)
     model = models.build(spec.model, image_shape=observation.image_shape)
     client = operator(observation, model, where=where)
     prepare_folder(out, force=force)
     reconstruction = attack_observation(observation, model, recipe, spec, device, progress=progress, where=where)
     result = describe(spec, recipe, observation, client, reconstruction, device, simulated=False, command=command)
-    text = f"# gradleak invert {where}\n" + dump(resolve(spec, recipe), leave_out={"data", "client", "evaluate"})
+    text = f"# gradleak invert {where}\n" + dump(resolve(spec, recipe), leave_out={"data", "client", "defence", "evaluate"})
     return write_run(out, result, reconstruction, spec_text=text)
 
 
@@ -198,6 +201,9 @@ def prepare(spec: RunSpec) -> tuple[Attack, torch.device]:
     """The recipe and the device of a specification; sets the number of CPU threads."""
     settings = {key: value for key, value in spec.attack.items() if key != "name"}
     recipe = attack(str(spec.attack["name"]), **settings)
+    for defence in defences_of(spec.defence):
+        if isinstance(defence, DPSGD):
+            _ = defence.epsilon  # a missing Opacus is named before the attack
     if spec.evaluate.lpips not in ("auto", "off"):
         load_lpips(spec.evaluate.lpips)  # a wrong file is found before the attack, not after it
     if spec.threads is not None:
@@ -249,7 +255,9 @@ def prepare_folder(out: Path, *, force: bool = False) -> None:
 
 def resolve(spec: RunSpec, recipe: Attack) -> RunSpec:
     """The specification with every setting of the attack written out."""
-    return spec.model_copy(update={"attack": {"name": spec.attack["name"], **dataclasses.asdict(recipe)}})
+    defences = [defence.spec for defence in defences_of(spec.defence)]
+    written = {"name": spec.attack["name"], **dataclasses.asdict(recipe)}
+    return spec.model_copy(update={"attack": written, "defence": defences})
 
 
 def describe(
@@ -316,6 +324,8 @@ def assumptions(
     """The assumptions box: what the attacker was granted, and what F and the batch were."""
     key = "D" if reconstruction.notes.get("surrogate_data") else letter(observation)
     unknowns = observation.batch * observation.image_shape[0] * observation.image_shape[1] * observation.image_shape[2]
+    pruned = any(defence.name in ("prune", "soteria") for defence in observation.defences)
+    equations = sum(int(m.sum()) for m in visible_mask(observation).values()) if pruned else client.parameters
     counts = torch.bincount(reconstruction.labels.values)
     repeats = int(counts[counts > 1].sum())
     rule = reconstruction.labels.rule
@@ -324,7 +334,15 @@ def assumptions(
     rows = [
         ("Threat model", f"{key}: {LETTERS[key]}", "letters of Carletti et al., SoK, USENIX Security 2025"),
         ("Model and weights", "known to the server", "in federated learning the server sent them"),
-        ("Labels", "granted" if rule == "known" else f"recovered from the update, rule {rule!r}", "order does not matter"),
+        (
+            "Labels",
+            "granted" if rule == "known" else f"recovered from the update, rule {rule!r}",
+            "the update does not depend on the order of the images"
+            if observation.protocol.protocol == "fedsgd"
+            else "in the order of the images, which tells their local step or client"
+            if rule == "known"
+            else "in no particular order, though the update depends on it: a wrong order costs quality",
+        ),
         ("Repeated labels", f"{repeats} of {observation.batch} images share a class with another", "they mix with each other"),
         ("Batch size", str(observation.batch), "known to the server"),
         ("Client", _protocol(observation), f"loss: {observation.protocol.loss}"),
@@ -348,9 +366,9 @@ def assumptions(
         ("Weights", _weights(spec, observation, simulated=simulated), "a trained model can leak differently"),
         (
             "Counting",
-            f"P(F) = {client.parameters:,} equations for B*C*H*W = {unknowns:,} unknowns",
+            f"P(F) = {equations:,} equations for B*C*H*W = {unknowns:,} unknowns",
             "fewer equations than unknowns: inputs cannot be unique"
-            if client.parameters < unknowns
+            if equations < unknowns
             else "enough equations for a unique answer; not a guarantee of one",
         ),
         (
@@ -371,27 +389,41 @@ def assumptions(
 
 def advice(observation: Observation, client: ClientOperator) -> list[dict[str, str]]:
     """What would lower the leak, most effective first."""
-    rows = [
-        (
-            "Never let the server see one client's update alone",
-            "Secure aggregation hides it in the sum of many. Averaging by itself is no protection: the sum is the gradient of "
-            "one large batch, and only its size protects.",
-        ),
-        (
-            "Clip and add noise (DP-SGD)",
-            "Per-sample clipping with Gaussian noise bounds what any one image can contribute; state the epsilon, and audit "
-            "again with the noise in place.",
-        ),
-        (
-            "Send less often, after more local work",
-            f"This update holds {observation.batch} image{'s' if observation.batch > 1 else ''} and one step. Larger batches "
-            "and several local steps give the attacker more unknowns and a harder problem.",
-        ),
-        (
-            "Send fewer layers",
-            f"The update has {client.parameters:,} numbers. Frozen or personal layers that are never sent take equations away.",
-        ),
-    ]
+    protocol, defended = observation.protocol, {defence.name for defence in observation.defences}
+    images = f"{observation.batch} image{'s' if observation.batch > 1 else ''}"
+    rows = []
+    if protocol.protocol != "average":
+        rows.append(
+            (
+                "Never let the server see one client's update alone",
+                "Secure aggregation hides it in the sum of many. Averaging by itself is no protection: the sum is the gradient "
+                "of one large batch, and only its size protects.",
+            )
+        )
+    if "dp-sgd" not in defended:
+        rows.append(
+            (
+                "Clip and add noise (DP-SGD)",
+                "Per-sample clipping with Gaussian noise bounds what any one image can contribute; state the epsilon, and "
+                "audit again with the noise in place.",
+            )
+        )
+    if protocol.protocol != "fedavg":
+        rows.append(
+            (
+                "Send less often, after more local work",
+                f"This update is one step on {images}. Larger batches and several local steps give the attacker more unknowns "
+                "and a harder problem.",
+            )
+        )
+    if not protocol.layers:
+        rows.append(
+            (
+                "Send fewer layers",
+                f"The update has {client.parameters:,} numbers. Frozen or personal layers that are never sent take equations "
+                "away.",
+            )
+        )
     if observation.labels is not None:
         rows.append(
             (

@@ -28,27 +28,29 @@ class _Table(BaseModel):
 class DataSpec(_Table):
     """The client's private batch: images ``start .. start + batch - 1`` of a source."""
 
-    source: str = Field("sample", description="sample | cifar10 | cifar100 | folder:PATH | npz:PATH")
-    batch: int = Field(8, ge=1, description="B, number of images")
-    start: int = Field(0, ge=0, description="index of the first image")
-    size: int | None = Field(None, ge=8, le=1024, description="pixels; images are centre-cropped and resized to it")
-    root: Path | None = Field(None, description="where cifar10/cifar100 lie (default: the user's cache folder)")
-    download: bool = Field(False, description="allow torchvision to download cifar10/cifar100")
+    source: str = Field(default="sample", description="sample | cifar10 | cifar100 | folder:PATH | npz:PATH")
+    batch: int = Field(default=8, ge=1, description="B, number of images")
+    start: int = Field(default=0, ge=0, description="index of the first image")
+    size: int | None = Field(default=None, ge=8, le=1024, description="pixels; images are centre-cropped and resized to it")
+    root: Path | None = Field(default=None, description="where cifar10/cifar100 lie (default: the user's cache folder)")
+    download: bool = Field(default=False, description="allow torchvision to download cifar10/cifar100")
 
 
 class ModelSpec(_Table):
     """The attacked model F and its weights W."""
 
-    name: str = Field("resnet18-cifar", description="a built-in name, torchvision/NAME, file.py:function, module:function")
-    width: int | None = Field(None, ge=1, description="base width of the CIFAR networks (resnet18-cifar: 64)")
-    num_classes: int | None = Field(None, ge=2, description="default: the model's own (10, or torchvision's 1000)")
-    activation: Literal["model", "sigmoid", "relu", "tanh", "leaky_relu", "gelu", "silu"] = Field(
-        "model", description="replace every activation of the model; 'model' leaves them"
+    name: str = Field(
+        default="resnet18-cifar", description="a built-in name, torchvision/NAME, file.py:function, module:function"
     )
-    weights: Path | None = Field(None, description="safetensors file with W; default: random initialisation")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the random initialisation")
-    mean: list[float] | None = Field(None, description="channel means that the model subtracts from images in [0, 1]")
-    std: list[float] | None = Field(None, description="channel deviations that the model divides by")
+    width: int | None = Field(default=None, ge=1, description="base width of the CIFAR networks (resnet18-cifar: 64)")
+    num_classes: int | None = Field(default=None, ge=2, description="default: the model's own (10, or torchvision's 1000)")
+    activation: Literal["model", "sigmoid", "relu", "tanh", "leaky_relu", "gelu", "silu"] = Field(
+        default="model", description="replace every activation of the model; 'model' leaves them"
+    )
+    weights: Path | None = Field(default=None, description="safetensors file with W; default: random initialisation")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the random initialisation")
+    mean: list[float] | None = Field(default=None, description="channel means that the model subtracts from images in [0, 1]")
+    std: list[float] | None = Field(default=None, description="channel deviations that the model divides by")
 
     @field_validator("std")
     @classmethod
@@ -74,25 +76,33 @@ class ClientSpec(_Table):
     """
 
     protocol: Literal["fedsgd", "fedavg", "average"] = Field(
-        "fedsgd", description="fedsgd: one gradient; fedavg: local epochs; average: secure aggregation of several clients"
+        default="fedsgd",
+        description="fedsgd: one gradient; fedavg: local epochs; average: secure aggregation of several clients",
     )
-    mode: Literal["train", "eval"] = Field("train", description="batch norm: train uses the batch's own statistics")
-    loss: str = Field("cross-entropy", description="mean cross-entropy, or file.py:function / module:function")
-    epochs: int | None = Field(None, ge=1, le=1000, description="fedavg: passes over the client's images (1)")
-    local_batch: int | None = Field(None, ge=1, description="fedavg: images in a local step (default: all)")
-    learning_rate: float | None = Field(None, gt=0, description="fedavg: the client's learning rate; needed")
-    momentum: float | None = Field(None, ge=0, lt=1, description="fedavg: momentum of the client's SGD (0)")
+    mode: Literal["train", "eval"] = Field(default="train", description="batch norm: train uses the batch's own statistics")
+    loss: str = Field(default="cross-entropy", description="mean cross-entropy, or file.py:function / module:function")
+    epochs: int | None = Field(default=None, ge=1, le=1000, description="fedavg: passes over the client's images (1)")
+    local_batch: int | None = Field(default=None, ge=1, description="fedavg: images in a local step (default: all)")
+    learning_rate: float | None = Field(default=None, gt=0, description="fedavg: the client's learning rate; needed")
+    momentum: float | None = Field(default=None, ge=0, lt=1, description="fedavg: momentum of the client's SGD (0)")
     order: Literal["given", "shuffled"] | None = Field(
-        None, description="fedavg: given: local batches in the order of the images, known to the server; shuffled: not known"
+        default=None,
+        description="fedavg: given: local batches in the order of the images, known to the server; shuffled: not known",
     )
     clients: Count | list[Count] | None = Field(
-        None, description="average: number of clients, or the number of images of each; needed"
+        default=None, description="average: number of clients, or the number of images of each; needed"
     )
-    layers: list[str] | None = Field(None, min_length=1, description="parameters that are sent: names or patterns (all)")
+    layers: list[str] | None = Field(
+        default=None, min_length=1, description="parameters that are sent: names or patterns (all)"
+    )
     transport: str | None = Field(
-        None, pattern=r"^(float16|bfloat16|([2-9]|1[0-6])-bit)$", description="number format: float16, bfloat16 or K-bit"
+        default=None,
+        pattern=r"^(float16|bfloat16|([2-9]|1[0-6])-bit)$",
+        description="number format: float16, bfloat16 or K-bit",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="of what the client draws: noise, order; the server never knows it")
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="of what the client draws: noise, order; the server never knows it"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -151,15 +161,17 @@ class DefenceSpec(_Table):
 class ThreatSpec(_Table):
     """What the attacker is granted beside the update, F, W, the batch size and the mode. Labels: see ``labels.rule``."""
 
-    batch_statistics: bool = Field(False, description="mean and variance of the client's batch at every batch-norm layer")
-    surrogate_data: bool = Field(False, description="data like the client's, or a generator trained on such data")
+    batch_statistics: bool = Field(
+        default=False, description="mean and variance of the client's batch at every batch-norm layer"
+    )
+    surrogate_data: bool = Field(default=False, description="data like the client's, or a generator trained on such data")
 
 
 class LabelSpec(_Table):
     """How the attack gets the labels."""
 
     rule: Literal["auto", "known", "idlg", "counts", "column-minima", "rlg", "ilrg"] = Field(
-        "known",
+        default="known",
         description="known: granted; idlg: B = 1; counts, ilrg: batches, with repeats; column-minima: no repeats; "
         "rlg: B < classes; auto: idlg or counts by B",
     )
@@ -168,16 +180,16 @@ class LabelSpec(_Table):
 class EvaluateSpec(_Table):
     """How close reconstructions are to the truth; never seen by an attack."""
 
-    lpips: str = Field("auto", description="auto: if VGG-16 is in torch's cache | off | download | a safetensors file")
-    controls: bool = Field(False, description="also attack a random-noise gradient, and score the mean image")
+    lpips: str = Field(default="auto", description="auto: if VGG-16 is in torch's cache | off | download | a safetensors file")
+    controls: bool = Field(default=False, description="also attack a random-noise gradient, and score the mean image")
 
 
 class RunSpec(_Table):
     """One audit: simulate a client, attack what it sends, evaluate."""
 
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the attack")
-    device: str = Field("auto", description="auto | cpu | cuda | cuda:N | mps")
-    threads: int | None = Field(None, ge=1, description="CPU threads (default: torch's own choice)")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the attack")
+    device: str = Field(default="auto", description="auto | cpu | cuda | cuda:N | mps")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads (default: torch's own choice)")
     data: DataSpec = DataSpec()
     model: ModelSpec = ModelSpec()
     client: ClientSpec = ClientSpec()
@@ -219,6 +231,8 @@ def load(path: Path | None = None, overrides: list[str] | None = None) -> RunSpe
         SpecError: Names the key, what is wrong with it, and the nearest known key.
     """
     table = _read(path) if path is not None else {k: dict(v) for k, v in DEFAULT.items()}
+    if path is None and any(text.partition("=")[0].strip() == "model.name" for text in overrides or []):
+        table["model"] = {}  # the default's width and activation are those of its own model
     return override(table, overrides or [], where=str(path) if path is not None else "specification")
 
 

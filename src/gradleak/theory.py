@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from gradleak.client import FedSGD
 from gradleak.distance import DISTANCES, DistanceName
 from gradleak.errors import DataError
 from gradleak.observation import Update
 from gradleak.prior import total_variation
+from gradleak.protocols import ClientOperator
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Counting:
         return "fewer equations than unknowns: the images cannot be unique"
 
 
-def counting(client: FedSGD, batch: int, image_shape: tuple[int, int, int]) -> Counting:
+def counting(client: ClientOperator, batch: int, image_shape: tuple[int, int, int]) -> Counting:
     """P(F) against B C H W  (CI-Net, section 3).
 
     Args:
@@ -56,7 +56,7 @@ def counting(client: FedSGD, batch: int, image_shape: tuple[int, int, int]) -> C
 
 
 def total_variation_limit(
-    client: FedSGD,
+    client: ClientOperator,
     truth: Tensor,
     labels: Tensor,
     *,
@@ -148,7 +148,7 @@ def column_space_residual(gradient: Tensor, samples: Tensor) -> float:
 
 
 def matching_loss(
-    client: FedSGD, images: Tensor, labels: Tensor, observed: Update, *, distance: DistanceName = "squared-l2"
+    client: ClientOperator, images: Tensor, labels: Tensor, observed: Update, *, distance: DistanceName = "squared-l2"
 ) -> float:
     r""":math:`D(A(x, y), g^*)`. It is zero exactly on :math:`X_{\mathrm{grad}}`, which is not a single point.
 

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gradleak.distance import norm
 from gradleak.observation import Update
 
 Loss = Callable[[Mapping[str, Tensor], Tensor], Tensor]
@@ -78,10 +79,10 @@ def secant(loss: Loss, weights: Update, images: Tensor, *, step: float = 1e-3) -
     *gradients, base = torch.autograd.grad(value, [*leaves, images], allow_unused=True, materialize_grads=True)
 
     def transpose(cotangent: Update, *, step: float = step) -> Tensor:
-        norm = _norm(cotangent)
-        if norm == 0:
+        size = norm(cotangent)
+        if size == 0:
             return torch.zeros_like(base)
-        h = step / norm
+        h = step / size
         moved = torch._foreach_add([w.detach() for w in leaves], [cotangent[name] for name in names], alpha=h)
         with torch.enable_grad():
             value = loss(dict(zip(names, moved, strict=True)), images)
@@ -162,12 +163,3 @@ def engine(name: EngineName) -> Engine:
         "exact": lambda: exact,
     }
     return engines[name]()
-
-
-def _norm(update: Update) -> float:
-    """Euclidean norm over all tensors; scaled by the largest entry so that squares of tiny entries do not vanish."""
-    tensors = list(update.values())
-    largest = max(float(t.abs().max()) for t in tensors if t.numel())
-    if largest == 0 or not math.isfinite(largest):
-        return largest
-    return largest * math.sqrt(sum(float((t / largest).square().sum(dtype=torch.float64)) for t in tensors))

@@ -222,8 +222,8 @@ def _separate(problem: Problem, layer: FirstLayer) -> Tensor:
             "needs two units that it alone activates, as in a wide layer before a ReLU; use an attack with a loop: cinet"
         )
     found.sort(key=lambda image_rows: -len(image_rows[1]))
-    candidates, rows_of = zip(*found[: problem.batch], strict=True)
-    images = _in_label_order(problem, layer, torch.stack(candidates), rows_of)
+    chosen, rows_of = zip(*found[: problem.batch], strict=True)
+    images = _in_label_order(problem, layer, torch.stack(chosen), rows_of)
     error = _relative_error(problem, layer, images)
     if error > EXACT:
         raise ObservationError(

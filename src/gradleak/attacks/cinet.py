@@ -5,7 +5,7 @@ C. Zhang et al., "Generative Gradient Inversion via Over-Parameterized Networks 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -37,7 +37,7 @@ class CINetAttack(Attack):
     fastest good recipe, ``cinet``: Adam on signs with cosine decay, SiLU, sigmoid output, no spectral norm.
     """
 
-    channels: int | ChannelRule = Field(default="auto", union_mode="left_to_right")
+    channels: Annotated[int, Field(ge=1, le=4096)] | ChannelRule = Field(default="auto", union_mode="left_to_right")
     latent: int = Field(default=128, ge=1)
     interpolation: Interpolation = "nearest"
     normalisation: Normalisation = "none"

@@ -29,11 +29,11 @@ class IDLGAttack(Attack):
         initial: First images, ``normal`` as the authors' or ``normalised`` (:class:`gradleak.image_model.Pixels`).
     """
 
-    rounds: int = Field(300, ge=1)
+    rounds: int = Field(default=300, ge=1)
     distance: DistanceName = "squared-l2"
     optimiser: Literal["adam", "sgd", "lbfgs"] = "lbfgs"
     signed: bool = False
-    learning_rate: float = Field(1.0, gt=0)
+    learning_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     schedule: Schedule = "constant"
     engine: EngineName = "exact"
     gain: Literal["natural", "free"] = "free"

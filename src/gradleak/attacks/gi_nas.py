@@ -126,7 +126,7 @@ class GINASAttack(Attack):
     """
 
     rounds: int = Field(default=30_000, ge=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     schedule: Schedule = "constant"
     engine: EngineName = "exact"
     gain: Literal["natural", "free"] = "free"

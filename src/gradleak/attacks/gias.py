@@ -75,14 +75,14 @@ class GIASAttack(Attack):
     rounds: int = Field(default=5500, ge=1)
     distance: DistanceName = "cosine"
     signed: bool = False
-    learning_rate: float = Field(default=3e-2, gt=0)
+    learning_rate: float = Field(default=3e-2, gt=0, allow_inf_nan=False)
     schedule: Schedule = "step"
     engine: EngineName = "exact"
     gain: Literal["natural", "free"] = "free"
     generator: str | None = None
     weights: Weights = "per-image"
     latent_share: float = Field(default=1 / 11, ge=0, le=1)
-    weight_learning_rate: float = Field(default=1e-3, gt=0)
+    weight_learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     total_variation: float = Field(default=1e-6, ge=0)
     latent: int = Field(default=100, ge=1)
     width: int = Field(default=64, ge=1)

@@ -39,18 +39,18 @@ class GradInversionAttack(Attack):
         initial: First images: ``normalised`` is the authors' N(0, 1) on normalised images.
     """
 
-    rounds: int = Field(20_000, ge=1)
+    rounds: int = Field(default=20_000, ge=1)
     distance: DistanceName = "squared-l2"
     signed: bool = False
-    learning_rate: float = Field(0.1, gt=0)
+    learning_rate: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     schedule: Schedule = "cosine"
     engine: EngineName = "exact"
     gain: Literal["natural", "free"] = "free"
-    group: int = Field(4, ge=1)
-    total_variation: float = Field(1e-4, ge=0)
-    squared_norm: float = Field(1e-6, ge=0)
-    batch_norm_statistics: float = Field(0.1, ge=0)
-    group_consistency: float = Field(0.01, ge=0)
+    group: int = Field(default=4, ge=1)
+    total_variation: float = Field(default=1e-4, ge=0)
+    squared_norm: float = Field(default=1e-6, ge=0)
+    batch_norm_statistics: float = Field(default=0.1, ge=0)
+    group_consistency: float = Field(default=0.01, ge=0)
     initial: Initial = "normalised"
 
     def image_model(self, problem: Problem) -> Pixels:

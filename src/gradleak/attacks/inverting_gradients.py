@@ -34,13 +34,13 @@ class InvertingGradientsAttack(Attack):
         initial: First images: ``normalised`` is the authors' N(0, 1) on normalised images.
     """
 
-    rounds: int = Field(24_000, ge=1)
+    rounds: int = Field(default=24_000, ge=1)
     distance: DistanceName = "cosine"
-    learning_rate: float = Field(0.1, gt=0)
+    learning_rate: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     schedule: Schedule = "step"
     engine: EngineName = "exact"
     gain: Literal["natural", "free"] = "free"
-    total_variation: float = Field(1e-2, ge=0)
+    total_variation: float = Field(default=1e-2, ge=0)
     initial: Initial = "normalised"
 
     def image_model(self, problem: Problem) -> Pixels:

@@ -99,7 +99,7 @@ class Attack:
     distance: DistanceName = "cosine"
     optimiser: Literal["adam", "sgd", "lbfgs"] = "adam"
     signed: bool = True
-    learning_rate: float = Field(default=5e-3, gt=0)
+    learning_rate: float = Field(default=5e-3, gt=0, allow_inf_nan=False)
     schedule: Schedule = "cosine"
     engine: EngineName = "auto"
     precision: Literal["float32", "float64"] = "float32"

@@ -143,13 +143,14 @@ def _construct(spec: ModelSpec, image_shape: ImageShape) -> nn.Module:
     if spec.name in NETWORKS:
         width = {} if spec.width is None else {"width": spec.width}
         return NETWORKS[spec.name](image_shape=image_shape, **classes, **width)
+    named = spec.name.startswith("torchvision/") and spec.name.removeprefix("torchvision/") in _torchvision_names()
+    if not named and ":" not in spec.name:
+        raise ModelError(f"unknown model {spec.name!r}{_suggestion(spec.name)}")
     if spec.width is not None:
         raise ModelError(f"model.width is a setting of {', '.join(NETWORKS)}; {spec.name} has none: remove it")
-    if spec.name.removeprefix("torchvision/") in _torchvision_names() and spec.name.startswith("torchvision/"):
+    if named:
         return _torchvision_model(spec.name, classes, image_shape)
-    if ":" in spec.name:
-        return _own_model(spec.name, {**classes, "image_shape": image_shape})
-    raise ModelError(f"unknown model {spec.name!r}{_suggestion(spec.name)}")
+    return _own_model(spec.name, {**classes, "image_shape": image_shape})
 
 
 def _suggestion(name: str) -> str:
