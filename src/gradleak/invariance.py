@@ -15,7 +15,7 @@ from torch import Tensor
 from gradleak.protocols import ClientOperator
 
 #: Photographs of a batch reach the end of the range: over random batches of 8 and 16 CIFAR-10 images this quantile of all
-#: values is .993 +- .011 and .997 +- .006 (docs/experiments.md), so the gain is known to about one per cent.
+#: values is .992 +- .015 and .997 +- .008 (docs/experiments.md), so the gain is known to about one per cent.
 BRIGHT_QUANTILE = 0.998
 
 #: Root mean square of photographs' values: .532 +- .031 over random batches of 16 CIFAR-10 images (docs/experiments.md).

@@ -235,9 +235,9 @@ def _run(problem: Problem, attack: Attack, labels: Labels, *, seed: int, progres
     best.round_done(len(history) + 1)
     notes = attack.describe(problem, image_model)
     gain = bright_gain(best.images) if natural else 1.0
+    if gain != 1 and distance(client(gain * best.images, best.labels), observed)[0] > 1.5 * best.loss:
+        gain = 1.0  # the update has the last word
     images = (gain * best.images).clamp(0, 1)
-    if gain != 1 and distance(client(images, best.labels), observed)[0] > 1.5 * best.loss:
-        gain, images = 1.0, best.images.clamp(0, 1)  # the update has the last word
     notes["gain_check"] = {"sensitivity": problem.gain_sensitivity, "applied": gain}
     if isinstance(transpose_engine, SelfChecking):
         notes["engine_check"] = {
