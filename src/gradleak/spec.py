@@ -212,11 +212,11 @@ class RunSpec(_Table):
         return defence
 
 
-#: What ``gradleak audit`` runs when no specification is given: eight embedded photographs, sigmoid ResNet-18 of width 16.
+#: What ``gradleak audit`` runs when no specification is given: eight embedded photographs, sigmoid ResNet-18 of width 32.
 DEFAULT: dict[str, Any] = {
     "data": {"source": "sample", "batch": 8, "size": 32},
-    "model": {"name": "resnet18-cifar", "width": 16, "activation": "sigmoid"},
-    "attack": {"name": "cinet", "rounds": 600},
+    "model": {"name": "resnet18-cifar", "width": 32, "activation": "sigmoid"},
+    "attack": {"name": "cinet", "rounds": 550},
 }
 
 
