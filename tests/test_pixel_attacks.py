@@ -173,9 +173,9 @@ def test_statistics_are_matched_where_they_are_granted_and_reported_off_where_no
     private, client, observation = capture(2, batch_norm=True)
     recipe = GradInversionAttack(rounds=30, group=1, batch_norm_statistics=10.0)
     without = run(recipe, client, observation)
-    assert "off" in without.notes["batch_norm_statistics"]
+    assert "off" in without.notes["statistics_used"]
     granted = run(recipe, client, simulate(client, private, grant_batch_statistics=True))
-    assert granted.notes["batch_norm_statistics"] == "1 layers matched"
+    assert granted.notes["statistics_used"] == "1 layers matched"
     target = client.batch_statistics(private.images)
     far, near = (float(batch_norm_statistics(client, found.images, target)) for found in (without, granted))
     assert near < 0.5 * far

@@ -462,7 +462,7 @@ def test_an_own_loss_is_named_by_a_person(tmp_path: Path) -> None:
     own, file = f"{tmp_path / 'own.py'}:squared", tmp_path / "update.safetensors"
     x, y = batch(dtype=torch.float32)
     simulate(FedSGD(network(dtype=torch.float32), loss=own), Truth(x, y)).save(file)
-    with pytest.raises(ObservationError, match=r"a file never says which code runs.*client.loss"):
+    with pytest.raises(ObservationError, match=r"a file never says which code runs.*--loss"):
         Observation.load(file)
     seen = Observation.load(file, loss=own)
     assert same(operator(seen, network(dtype=torch.float32))(x, y), seen.update)

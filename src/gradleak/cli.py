@@ -126,20 +126,20 @@ def train_generator(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the generator goes (safetensors)")],
     images: Annotated[int, typer.Option(help="How many images to train on")] = 1000,
     start: Annotated[int, typer.Option(help="Index of the first one: these must not be the client's images")] = 0,
-    size: Annotated[int, typer.Option(help="Pixels: 32 or 64")] = 32,
-    rounds: Annotated[int, typer.Option(help="Training steps")] = 5000,
-    width: Annotated[int, typer.Option(help="Channels of the generator's last hidden layer")] = 64,
-    latent: Annotated[int, typer.Option(help="Length of the latent")] = 100,
+    size: Annotated[int, typer.Option(help="Pixels, 8 or more")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Training steps")] = 5000,
+    width: Annotated[int, typer.Option(min=1, help="Channels of the generator's last hidden layer")] = 64,
+    latent: Annotated[int, typer.Option(min=1, help="Length of the latent")] = 100,
     seed: Annotated[int, typer.Option(help="Seed")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = "auto",
     force: Force = False,
 ) -> None:
     """Train a DCGAN on public images, for `attack.name=gias` with `attack.generator=FILE`."""
     from gradleak import data, dcgan, run
-    from gradleak.spec import DataSpec
+    from gradleak.spec import parse
 
     run.prepare_file(out, force=force)
-    public = data.load(DataSpec(source=source, batch=images, start=start, size=size)).images
+    public = data.load(parse({"data": {"source": source, "batch": images, "start": start, "size": size}}).data).images
     trained = dcgan.train(public, rounds=rounds, width=width, latent=latent, seed=seed, device=run.choose_device(device))
     trained.save(out)
     typer.echo(f"generator: {out}")

@@ -187,7 +187,7 @@ class Observation:
             if loss is None:
                 raise ObservationError(
                     f"{path}: the client's loss is its own ({protocol.loss!r}), and a file never says which code runs: "
-                    "name the loss yourself (client.loss)"
+                    "name the loss yourself (--loss, or loss= in Python)"
                 )
             protocol = protocol.model_copy(update={"loss": loss})
         if model is not None and (":" in model.name or model.weights is not None):

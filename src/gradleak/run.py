@@ -29,7 +29,7 @@ from gradleak.labels import recover
 from gradleak.metrics import load_lpips
 from gradleak.observation import Observation, Truth
 from gradleak.report import ReportData, write_report
-from gradleak.spec import RunSpec, dump, override
+from gradleak.spec import DefenceSpec, RunSpec, dump, override
 from gradleak.tensors import read_tensors, write_tensors
 from gradleak.threat import LETTERS, check_granted, letter
 
@@ -95,6 +95,7 @@ def audit(spec: RunSpec, out: Path, *, force: bool = False, progress: bool = Tru
     result["warnings"] += warnings
     result |= {"controls": controls} if controls else {}
     result |= {"defence_costs": [dataclasses.asdict(cost) for cost in client.costs]} if client.costs else {}
+    result["assumptions"] += _cost_row(client.costs)
     text = dump(resolve(spec, recipe))
     return write_run(out, result, reconstruction, spec_text=text, truth=client.truth, lpips=spec.evaluate.lpips)
 
@@ -282,7 +283,7 @@ def describe(
         "cost": {
             "rounds": reconstruction.rounds,
             "seconds": round(reconstruction.seconds, 3),
-            "seconds_per_round": round(reconstruction.seconds / reconstruction.rounds, 5),
+            "seconds_per_round": round(reconstruction.history[-1]["seconds"] / reconstruction.rounds, 5),
             "peak_memory_mb": round(reconstruction.peak_memory_mb, 1),
         },
         "advice": advice(observation, client),
@@ -294,6 +295,22 @@ def describe(
         "command": command,
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
     }
+
+
+def _named(defence: DefenceSpec) -> str:
+    """A defence with its settings, in words."""
+    settings = ", ".join(f"{key} {value}" for key, value in defence.settings.items())
+    return f"{defence.name} ({settings})" if settings else defence.name
+
+
+def _cost_row(costs: list[Cost]) -> list[dict[str, str]]:
+    """What the defences cost, for the assumptions box."""
+    if not costs:
+        return []
+    epsilons = [f", epsilon {c.epsilon:.2f} at delta {c.delta:.0e}" for c in costs if c.epsilon is not None]
+    value = "; ".join(f"{c.name} {c.distortion:.3g}" for c in costs)
+    why = f"relative distortion of the update by each; all together {costs[-1].total:.3g}{''.join(epsilons)}"
+    return [{"name": "Cost of the defences", "value": value, "why": why}]
 
 
 def _protocol(observation: Observation) -> str:
@@ -322,7 +339,8 @@ def assumptions(
     spec: RunSpec, observation: Observation, client: ClientOperator, reconstruction: Reconstruction, *, simulated: bool
 ) -> list[dict[str, str]]:
     """The assumptions box: what the attacker was granted, and what F and the batch were."""
-    key = "D" if reconstruction.notes.get("surrogate_data") else letter(observation)
+    surrogate = observation.surrogate_data or bool(reconstruction.notes.get("surrogate_data"))
+    key = letter(dataclasses.replace(observation, surrogate_data=surrogate))
     unknowns = observation.batch * observation.image_shape[0] * observation.image_shape[1] * observation.image_shape[2]
     pruned = any(defence.name in ("prune", "soteria") for defence in observation.defences)
     equations = sum(int(m.sum()) for m in visible_mask(observation).values()) if pruned else client.parameters
@@ -373,7 +391,7 @@ def assumptions(
         ),
         (
             "Defences",
-            ", ".join(d.name for d in observation.defences) or "none",
+            "; ".join(_named(defence) for defence in observation.defences) or "none",
             "the attacker knows them" if observation.defences else "the update is sent as it is",
         ),
         *(("The audited model", note, "the figures hold for that model") for note in client.notes),
@@ -382,7 +400,7 @@ def assumptions(
         rows.append(("Dropout", "switched off in the client", "the server could not know its masks"))
     if observation.batch_statistics is not None:
         rows.append(("Batch statistics", "granted", "mean and variance of the client's batch at every batch-norm layer"))
-    if reconstruction.notes.get("surrogate_data") or observation.surrogate_data:
+    if surrogate:
         rows.append(("Surrogate data", "held by the attacker", "for example a generator trained on public images"))
     return [{"name": name, "value": value, "why": why} for name, value, why in rows]
 
@@ -544,8 +562,9 @@ def spec_for(observation: Observation, *, model: str | None, overrides: list[str
         ModelError: The observation does not say which model it came from, and none was named.
     """
     described = {} if observation.model is None else observation.model.model_dump(exclude_none=True)
-    named = any(o.partition("=")[0].strip() == "model.name" for o in overrides)
-    if model is None and not named and observation.model is None:
+    for key, _, value in (text.partition("=") for text in overrides):
+        model = value.strip().strip("\"'") if key.strip() == "model.name" else model
+    if model is None and observation.model is None:
         raise ModelError(
             f"{where}: it does not say which model it came from; name it with --model, for example --model models.py:build"
         )

@@ -231,8 +231,10 @@ def load(path: Path | None = None, overrides: list[str] | None = None) -> RunSpe
         SpecError: Names the key, what is wrong with it, and the nearest known key.
     """
     table = _read(path) if path is not None else {k: dict(v) for k, v in DEFAULT.items()}
-    if path is None and any(text.partition("=")[0].strip() == "model.name" for text in overrides or []):
-        table["model"] = {}  # the default's width and activation are those of its own model
+    named = {text.partition("=")[0].strip() for text in overrides or []} if path is None else set()
+    for key in ("model", "attack"):
+        if f"{key}.name" in named:
+            table[key] = {}  # the default's other settings are those of its own model and attack
     return override(table, overrides or [], where=str(path) if path is not None else "specification")
 
 

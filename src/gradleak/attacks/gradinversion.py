@@ -69,7 +69,7 @@ class GradInversionAttack(Attack):
     def describe(self, problem: Problem, image_model: nn.Module) -> dict[str, Any]:
         statistics = problem.observation.batch_statistics
         matched = "off: not granted" if statistics is None else f"{len(statistics)} layers matched"
-        return {"batch_norm_statistics": matched}
+        return {"statistics_used": matched}
 
 
 PRESETS: dict[str, tuple[Attack, str]] = {
