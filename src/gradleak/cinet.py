@@ -206,7 +206,7 @@ def choose_channels(
 
     - ``paper``: the least multiple of 8 with P(G) > P(F)  (Algorithm 1, step 1).
     - ``reference``: doubled from 32 until P(G of the 32-pixel generator) > 4 B H W  (reference code).
-    - ``auto``: our best: 32 up to B = 8, 64 up to B = 32, 96 up to B = 64, 128 beyond  (docs/experiments.md).
+    - ``auto``: our best: 48 up to B = 8, 64 up to B = 32, 96 up to B = 64, 128 beyond  (docs/experiments.md).
 
     Args:
         batch: B.
@@ -214,7 +214,7 @@ def choose_channels(
         update_size: P(F), number of scalars in the update.
     """
     if rule == "auto":
-        return 32 if batch <= 8 else 64 if batch <= 32 else 96 if batch <= 64 else 128
+        return 48 if batch <= 8 else 64 if batch <= 32 else 96 if batch <= 64 else 128
     if rule == "reference":
         channels, unknowns = 32, 4 * batch * image_shape[1] * image_shape[2]
         while generator_parameters(channels=channels, image_shape=(3, 32, 32), latent=latent) <= unknowns:
