@@ -216,7 +216,7 @@ class RunSpec(_Table):
 DEFAULT: dict[str, Any] = {
     "data": {"source": "sample", "batch": 8, "size": 32},
     "model": {"name": "resnet18-cifar", "width": 32, "activation": "sigmoid"},
-    "attack": {"name": "cinet", "rounds": 450},
+    "attack": {"name": "cinet", "rounds": 400},
 }
 
 
