@@ -135,9 +135,10 @@ def simulate(
     try:
         update = client.sent(images, labels, torch.Generator().manual_seed(seed))
     except ValueError as error:  # torch's batch norm: one value per channel has no variance
+        count = "one image" if len(images) == 1 else f"{len(images)} images"
         raise DataError(
-            f"the client cannot compute its update from {len(images)} images of {tuple(images.shape[1:])}: {error}; use more "
-            'or larger images, or client.mode="eval"'
+            f"the client cannot compute its update from {count} of {tuple(images.shape[1:])}; a batch norm that is left with "
+            f'one value a channel has no variance ({error}); use more or larger images, or client.mode="eval"'
         ) from None
     return Observation(
         update={name: t.cpu() for name, t in update.items()},

@@ -164,7 +164,7 @@ def evaluate_run(folder: Path, truth: Truth, *, lpips: str = "auto") -> dict[str
         raise OutputError(f"{folder}: {RESULT} or {LOG} is damaged: {error}") from None
     tensors, _ = read_tensors(folder / RECONSTRUCTION, error=OutputError)
     if not isinstance(result, dict) or not {"labels", "cost", "matching_loss"} <= result.keys():
-        raise OutputError(f"{folder}: {RESULT} is not what `gradleak invert` or `audit` writes")
+        raise OutputError(f"{folder}: {RESULT} is damaged: it is not what `gradleak invert` or `audit` writes")
     if not {"images", "labels"} <= tensors.keys():
         raise OutputError(f"{folder}: {RECONSTRUCTION} has no tensors 'images' and 'labels'")
     snapshots = tensors.get("snapshots", torch.empty(0))
