@@ -3,9 +3,11 @@
 import os
 from importlib.metadata import PackageNotFoundError, version
 
-# OpenMP threads that wait busily make rounds 5 to 20 times slower on a machine with other work (docs/performance.md);
-# read when torch is first imported, so it must come before
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP threads that wait busily make rounds 3 to 10 times slower on a machine with other work (docs/performance.md), and
+# threads that sleep at once wake up late: libgomp waits for some microseconds, other runtimes sleep. Read when torch is
+# first imported, so it must come before
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
 
 from gradleak.attacks import attack
 from gradleak.client import Average, ClientOperator, FedAvg, FedSGD, build_client, operator, simulate
