@@ -55,20 +55,10 @@ class CINetAttack(Attack):
 
     def generator(self, problem: Problem) -> CINet:
         """One generator of a whole batch."""
-        channels = self.channels
-        if not isinstance(channels, int):
-            channels = choose_channels(
-                channels,
-                batch=problem.batch,
-                image_shape=problem.image_shape,
-                update_size=problem.client.parameters,
-                latent=self.latent,
-                convolutions=self.convolutions,
-            )
         return CINet(
             batch=problem.batch,
             image_shape=problem.image_shape,
-            channels=channels,
+            channels=resolve_channels(self.channels, problem, latent=self.latent, convolutions=self.convolutions),
             latent=self.latent,
             interpolation=self.interpolation,
             normalisation=self.normalisation,
@@ -85,6 +75,20 @@ class CINetAttack(Attack):
         assert isinstance(generator, CINet)
         size = sum(p.numel() for p in generator.parameters())
         return {"generator_channels": generator.channels, "generator_parameters": size}
+
+
+def resolve_channels(channels: int | ChannelRule, problem: Problem, *, latent: int, convolutions: int) -> int:
+    """c as it is given, or by its over-parameterisation rule (:func:`gradleak.cinet.choose_channels`)."""
+    if isinstance(channels, int):
+        return channels
+    return choose_channels(
+        channels,
+        batch=problem.batch,
+        image_shape=problem.image_shape,
+        update_size=problem.client.parameters,
+        latent=latent,
+        convolutions=convolutions,
+    )
 
 
 PRESETS: dict[str, tuple[Attack, str]] = {

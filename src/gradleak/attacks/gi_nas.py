@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gradleak.attacks.cinet import resolve_channels
 from gradleak.attacks.recipe import Attack, Problem, Schedule
 from gradleak.cinet import (
     Activation,
@@ -27,7 +28,6 @@ from gradleak.cinet import (
     OutputRange,
     SideBySide,
     block_widths,
-    choose_channels,
 )
 from gradleak.distance import DISTANCES
 from gradleak.vjp import EngineName
@@ -163,16 +163,7 @@ class GINASAttack(Attack):
         return chosen
 
     def _generator(self, candidate: Architecture, problem: Problem, seed: int) -> SkipGenerator:
-        channels = self.channels
-        if not isinstance(channels, int):
-            channels = choose_channels(
-                channels,
-                batch=problem.batch,
-                image_shape=problem.image_shape,
-                update_size=problem.client.parameters,
-                latent=self.latent,
-                convolutions=self.convolutions,
-            )
+        channels = resolve_channels(self.channels, problem, latent=self.latent, convolutions=self.convolutions)
         # the same start for every candidate: their losses then differ by the architecture
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
