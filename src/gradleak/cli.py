@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -26,17 +27,39 @@ SpecFile = Annotated[Path | None, typer.Argument(help="TOML specification; witho
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key, e.g. attack.rounds=300")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder; must be empty or absent")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an earlier run in the output folder")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in the output folder")]
+MemoryLimit = Annotated[
+    float | None, typer.Option("--memory-limit", metavar="MIB", help="Memory that the attack may take (memory_limit_mb)")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress")]
 UpdateFile = Annotated[Path, typer.Argument(metavar="UPDATE", help="update.safetensors, as `capture` writes it")]
 
 
 @app.command()
-def audit(spec: SpecFile = None, *, set_: Set = None, out: Out, force: Force = False, quiet: Quiet = False) -> None:
-    """Simulate a client, attack its update, evaluate, report."""
+def audit(
+    spec: SpecFile = None,
+    *,
+    set_: Set = None,
+    out: Out,
+    force: Force = False,
+    resume: Resume = False,
+    memory_limit: MemoryLimit = None,
+    quiet: Quiet = False,
+) -> None:
+    """Simulate a client, attack its update, evaluate, report.
+
+    Ctrl-C or SIGTERM finishes the round, saves the state and writes a partial report; `--resume` goes on from there, also
+    after a crash. With --resume and neither a specification nor --set, the folder's own spec.toml is used.
+    """
     from gradleak import run
     from gradleak.spec import load
 
-    result = run.audit(load(spec, set_), out, force=force, progress=not quiet, command=_command())
+    _only_one(force=force, resume=resume)
+    if resume and spec is None and not set_ and (out / "spec.toml").is_file():
+        spec = out / "spec.toml"
+    result = run.audit(
+        load(spec, _limited(set_, memory_limit)), out, force=force, resume=resume, progress=not quiet, command=_command()
+    )
     _print_result(result, out)
 
 
@@ -81,16 +104,19 @@ def invert(
     set_: Set = None,
     out: Out,
     force: Force = False,
+    resume: Resume = False,
+    memory_limit: MemoryLimit = None,
     quiet: Quiet = False,
 ) -> None:
     """Attack a saved update. There is no truth, so there is no score: see `evaluate`."""
     from gradleak import run
     from gradleak.observation import Observation
 
+    _only_one(force=force, resume=resume)
     observation = Observation.load(update, loss=loss)
-    spec = run.spec_for(observation, model=model, overrides=set_ or [], where=str(update))
+    spec = run.spec_for(observation, model=model, overrides=_limited(set_, memory_limit), where=str(update))
     result = run.invert_observation(
-        observation, spec, out, where=str(update), force=force, progress=not quiet, command=_command()
+        observation, spec, out, where=str(update), force=force, resume=resume, progress=not quiet, command=_command()
     )
     _print_result(result, out)
 
@@ -183,6 +209,15 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
+def _only_one(*, force: bool, resume: bool) -> None:
+    if force and resume:
+        raise OutputError("--force starts anew and --resume goes on: give one of them")
+
+
+def _limited(overrides: list[str] | None, memory_limit: float | None) -> list[str]:
+    return [*(overrides or []), *([] if memory_limit is None else [f"memory_limit_mb={memory_limit}"])]
+
+
 def _command() -> str:
     return shlex.join(["gradleak", *sys.argv[1:]])
 
@@ -198,3 +233,7 @@ def _print_result(result: dict[str, Any], folder: Path) -> None:
     typer.echo(f"  {cost['rounds']} rounds in {cost['seconds']:.0f} s; matching loss {result['matching_loss']:.2e}")
     typer.echo(f"report: {(folder / 'report.html').resolve()}")
     typer.echo("It shows private images: keep the folder to yourself.")
+    if result.get("partial"):
+        typer.echo("The attack was interrupted: go on with the same command and --resume.", err=True)
+        # as a shell reports a process that the signal ended
+        raise typer.Exit(128 + signal.Signals[result["interrupted"]])

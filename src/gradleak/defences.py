@@ -402,6 +402,13 @@ class PerImage(Around):
     def defences(self) -> tuple[DefenceSpec, ...]:
         return (self.defence.spec,)
 
+    @property
+    def can_split(self) -> bool:
+        return False  # its pieces are single images already
+
+    def held_images(self, batch: int) -> int:
+        return batch
+
     def __call__(self, images: Tensor, labels: Tensor) -> Update:
         return self._clipped(len(images))(images, labels)
 

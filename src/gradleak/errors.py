@@ -30,6 +30,14 @@ class OutputError(GradleakError):
     """The output folder cannot be used."""
 
 
+class CheckpointError(GradleakError):
+    """A checkpoint is damaged, or belongs to another run."""
+
+
+class MemoryLimitError(GradleakError):
+    """An attack does not fit into the memory that it may use."""
+
+
 class DivergedError(GradleakError):
     """No round of an attack had a finite matching loss."""
 

@@ -44,6 +44,26 @@ def gain_sensitivity(client: ClientOperator, images: Tensor, labels: Tensor, *, 
     return statistics.median(changes) / (1 - gain) if changes else 0.0
 
 
+def image_sensitivity(client: ClientOperator, first: Tensor, second: Tensor, labels: Tensor) -> float:
+    r"""Relative change of the update between two batches that have nothing in common, of the tensor that changes most.
+
+    .. math:: \max_k \; \|A_k(x_2) - A_k(x_1)\| \,/\, \|A_k(x_1)\|
+
+    Args:
+        client: The operator A.
+        first, second: x_1, x_2, B x C x H x W.
+        labels: B.
+
+    Returns:
+        About 0 where no tensor of the update depends on the images: nothing can be rebuilt from it.
+    """
+    before, after = client(first, labels), client(second, labels)
+    largest = max(float(t.norm()) for t in before.values())
+    # tensors that are round-off beside the others change at random
+    norms = {name: float(t.norm()) for name, t in before.items() if float(t.norm()) > 1e-6 * largest}
+    return max((float((after[name] - before[name]).norm()) / norm for name, norm in norms.items()), default=0.0)
+
+
 def hold_gain(images: Tensor, cotangent: Tensor) -> Tensor:
     r"""Add the pull towards photographs' brightness that a client blind to the gain does not exert.
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
+import logging
 import math
 import sys
 import time
@@ -16,13 +19,26 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gradleak.attacks import Attack, Problem
+from gradleak.checkpoint import Checkpoint, digest
 from gradleak.client import ClientOperator
 from gradleak.distance import DISTANCES
-from gradleak.errors import DivergedError
-from gradleak.invariance import bright_gain, gain_sensitivity, hold_gain
+from gradleak.errors import CheckpointError, DivergedError, MemoryLimitError
+from gradleak.invariance import bright_gain, gain_sensitivity, hold_gain, image_sensitivity
 from gradleak.labels import Labels
+from gradleak.memory import fit, is_out_of_memory
 from gradleak.observation import Observation
 from gradleak.vjp import SelfChecking, engine
+
+#: A state to fall back to is taken at most once in so many rounds: copying a large generator costs time.
+RETREAT_EVERY = 10
+
+#: After a fall back the step is so much of what it was.
+SMALLER_STEP = 0.1
+
+#: A best loss that is older than this share of the rounds run is reported as a plateau.
+PLATEAU = 0.25
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,7 +56,9 @@ class Reconstruction:
         history: One row a round: ``round``, ``loss``, ``learning_rate``, ``seconds``.
         snapshots: S x B x C x H x W, uint8, iterates of ``snapshot_rounds``.
         peak_memory_mb: Highest memory of the process (CPU) or of the device.
-        notes: What else a report should say (generator size, engine, warnings).
+        notes: What else a report should say (generator size, engine).
+        warnings: What a reader must know: a fall back to an earlier state, a plateau, memory that ran out.
+        interrupted: The signal that ended the loop before its last round, as ``stop`` named it; empty: none did.
     """
 
     images: Tensor
@@ -55,6 +73,8 @@ class Reconstruction:
     snapshot_rounds: list[int]
     peak_memory_mb: float
     notes: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    interrupted: str = ""
 
 
 def invert(
@@ -65,6 +85,9 @@ def invert(
     labels: Labels,
     seed: int = 0,
     progress: bool = True,
+    checkpoint: Checkpoint | None = None,
+    stop: Callable[[], str] | None = None,
+    memory_limit_mb: float | None = None,
 ) -> Reconstruction:
     r"""Rebuild the client's images: minimise :math:`D(A(G(\theta), y), g^*)` over :math:`\theta`.
 
@@ -77,35 +100,104 @@ def invert(
         labels: From :func:`gradleak.labels.recover`.
         seed: Makes a run repeatable on one machine with one number of threads.
         progress: A bar on a terminal and in notebooks, a line now and then elsewhere; False: silence.
+        checkpoint: Where the state is kept now and then. If it holds this run's state, the run goes on from there, and ends
+            in the same numbers as one that was never interrupted.
+        stop: Asked after every round; a text that is not empty ends the loop, with a checkpoint.
+        memory_limit_mb: MiB that the attack may take; None: what is free (:func:`gradleak.memory.fit`).
 
     Raises:
         DivergedError: The very first matching loss is not finite.
+        MemoryLimitError: The attack does not fit into memory.
+        CheckpointError: The checkpoint is another run's, or no whole one is left.
+        OutputError: Checkpoints cannot be written, several times in a row.
     """
     dtype = torch.float64 if attack.precision == "float64" else torch.float32
     device = next(iter(client.weights.values())).device
     client, y = client.to(device, dtype), labels.values.to(device)
-    probe = torch.rand(observation.batch, *observation.image_shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.rand(2, observation.batch, *observation.image_shape, generator=generator).to(device, dtype)
+    observed = {name: observation.update[name].to(device, dtype) for name in client.weights}
+    run = _fingerprint(client, observed, attack, labels, seed) if checkpoint is not None else ""
     problem = Problem(
         observation=observation,
         client=client,
         # in the client's order, not the file's: sums over tensors then give the same last bit
-        observed={name: observation.update[name].to(device, dtype) for name in client.weights},
+        observed=observed,
         labels=y,
-        gain_sensitivity=gain_sensitivity(client, probe.to(device, dtype), y),
+        gain_sensitivity=gain_sensitivity(client, probes[0], y),
+        image_sensitivity=image_sensitivity(client, probes[0], probes[1], y),
     )
     start = time.perf_counter()
     images = attack.closed_form(problem)
     if images is not None:
         return _without_loop(problem, attack, labels, images, seconds=time.perf_counter() - start)
-    runs: list[Reconstruction] = []
-    for k in range(attack.repeat):
-        try:
-            runs.append(_run(problem, attack, labels, seed=seed + k, progress=progress))
-        except DivergedError:
-            if k == attack.repeat - 1 and not runs:
-                raise
-    best = min(runs, key=lambda run: run.matching_loss)
-    return dataclasses.replace(best, seconds=time.perf_counter() - start)
+    state = checkpoint.load(run=run) if checkpoint is not None else None
+    done, kept, seconds, current = 0, None, 0.0, None
+    if state is not None:
+        done, seconds, current = state["done"], state["seconds"], state["loop"]
+        kept = None if state["kept"] is None else _reconstruction(state["kept"])
+        client.in_pieces(state["piece"])  # not chosen anew: pieces change the last bits of sums
+
+    def save(loop: _Loop | None) -> None:
+        if checkpoint is not None:
+            whole = {
+                "done": done,
+                "seconds": seconds,
+                "piece": client.piece,
+                "kept": None if kept is None else dataclasses.asdict(kept),
+                "loop": None if loop is None else loop.state_dict(),
+            }
+            checkpoint.save(whole, run=run)
+
+    for k in range(done, attack.repeat):
+        with _seeded(seed + k, device):
+            try:
+                loop = _Loop(problem, attack, labels)
+                if state is None:
+                    fit(problem, attack, loop.image_model, limit_mb=memory_limit_mb)
+                    state = {}
+                if current is not None:
+                    loop.load_state_dict(current)
+                    current = None
+                with _progress(loop.rounds, progress, done=loop.t) as report:
+                    while not loop.stopped:
+                        loop.round()
+                        report(loop.t, loop.best.loss if not loop.history else loop.history[-1]["loss"])
+                        interrupted = stop() if stop is not None else ""
+                        if interrupted or (checkpoint is not None and checkpoint.due()):
+                            save(loop)
+                        if interrupted:
+                            loop.interrupt(interrupted)
+                found = loop.result()
+            except DivergedError:
+                if k == attack.repeat - 1 and kept is None:
+                    raise
+                found = None
+        seconds += 0.0 if found is None else found.seconds
+        if found is not None and (kept is None or found.matching_loss < kept.matching_loss):
+            kept = found
+        if found is not None and found.interrupted:
+            assert kept is not None
+            return dataclasses.replace(kept, seconds=seconds, interrupted=found.interrupted, stopped=found.stopped)
+        done = k + 1
+        save(None)
+    assert kept is not None
+    return dataclasses.replace(kept, seconds=seconds)
+
+
+def _fingerprint(client: ClientOperator, observed: dict[str, Tensor], attack: Attack, labels: Labels, seed: int) -> str:
+    """What tells this run from any other: update, weights, labels, settings, protocol, seed."""
+    settings = {
+        "attack": [type(attack).__name__, dataclasses.asdict(attack)],
+        "client": client.spec.model_dump(mode="json"),
+        "defences": [defence.model_dump(mode="json") for defence in client.defences],
+        "rule": labels.rule,
+        "seed": seed,
+    }
+    tensors = {f"update/{name}": t for name, t in observed.items()} | {"labels": labels.values}
+    tensors |= {f"weights/{name}": t for name, t in {**client.weights, **client.frozen}.items()}
+    tensors |= {f"buffers/{name}": t for name, t in client.buffers.items()}
+    return digest(json.dumps(settings, sort_keys=True), tensors)
 
 
 def _without_loop(problem: Problem, attack: Attack, labels: Labels, images: Tensor, *, seconds: float) -> Reconstruction:
@@ -126,6 +218,7 @@ def _without_loop(problem: Problem, attack: Attack, labels: Labels, images: Tens
         notes={
             **attack.describe(problem, nn.Identity()),
             "gain_check": {"sensitivity": problem.gain_sensitivity, "applied": 1.0},
+            "image_sensitivity": problem.image_sensitivity,
         },
     )
 
@@ -140,125 +233,281 @@ class _NotFinite(Exception):
     """The matching loss of an evaluation is not finite."""
 
 
-def _run(problem: Problem, attack: Attack, labels: Labels, *, seed: int, progress: bool) -> Reconstruction:
-    """One restart of the loop."""
-    client, observed, y = problem.client, problem.observed, problem.labels
-    weight = next(iter(client.weights.values()))
-    device = weight.device
-    distance = DISTANCES[attack.distance]
-    transpose_engine = engine(attack.engine)
-    with _seeded(seed):
-        image_model = attack.image_model(problem).to(weight)
-    natural = attack.gain == "natural" and problem.gain_blind
-    best = _Best()
-    images = torch.empty(0)
+class _Loop:
+    """One restart: its state, and the round that changes it.
 
-    def match(member: Tensor) -> tuple[float, Tensor]:
-        """The matching loss of one member's images, and its cotangent with respect to them."""
-        if attack.joint_labels:
-            soft = soft_labels(image_model)
-            update, both = client.joint_vjp(member, soft, engine=transpose_engine)
-        else:
-            update, transpose = client.vjp(member, y, engine=transpose_engine)
-        loss, cotangent = distance(update, observed)
-        if not math.isfinite(loss):
-            raise _NotFinite(loss)
-        if not attack.joint_labels:
-            best.offer(loss, member, y)
-            return loss, transpose(cotangent)
-        best.offer(loss, member, soft.argmax(1))
-        image_cotangent, label_cotangent = both(cotangent)
-        soft.backward(label_cotangent)
-        return loss, image_cotangent
+    Attributes:
+        t: Rounds done.
+        rounds: T.
+        stopped: Why no further round follows; empty while some do.
+        best: The iterate with the least matching loss.
+    """
 
-    def evaluate(parameters: list[nn.Parameter]) -> float:
+    def __init__(self, problem: Problem, attack: Attack, labels: Labels) -> None:
+        self.problem, self.attack, self.labels = problem, attack, labels
+        self.device = next(iter(problem.client.weights.values())).device
+        self.distance, self.engine = DISTANCES[attack.distance], engine(attack.engine)
+        self.image_model = attack.image_model(problem).to(next(iter(problem.client.weights.values())))
+        self.natural = attack.gain == "natural" and problem.gain_blind
+        self.phases = attack.phases(self.image_model)
+        self.plan = [phase for phase in self.phases for _ in range(phase.rounds)]
+        self.t, self.rounds = 0, len(self.plan)
+        self.stopped, self.interrupted = "", ""
+        self.best, self.images = _Best(), torch.empty(0)
+        self.history: list[dict[str, float]] = []
+        self.snapshots: dict[int, Tensor] = {}
+        self.warnings: list[str] = []
+        self.fell_back = self.smaller_pieces = False
+        self.retreat = self._state_to_fall_back_to()
+        self._snapshot_rounds = snapshot_rounds(self.rounds, attack.snapshots)
+        self._start = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    @property
+    def seconds(self) -> float:
+        """Since the start, without the time between an interruption and its resumption."""
+        return time.perf_counter() - self._start
+
+    def round(self) -> None:
+        """One step of the optimiser. A loss that is not finite, or memory that runs out, is mended once."""
+        phase = self.plan[self.t]
+        parameters = [p for group in phase.optimiser.param_groups for p in group["params"]]
+        rate = phase.optimiser.param_groups[0]["lr"]
+        try:
+            loss = float(phase.optimiser.step(lambda: self._evaluate(parameters)))
+        except _NotFinite as fault:
+            return self._fall_back(fault)
+        except (MemoryError, RuntimeError) as fault:
+            if not is_out_of_memory(fault):
+                raise
+            return self._use_smaller_pieces()
+        phase.schedule.step()
+        self.attack.project(self.image_model)
+        self.t += 1
+        self.best.round_done(self.t)
+        self.history.append({"round": self.t, "loss": loss, "learning_rate": rate, "seconds": self.seconds})
+        if self.t in self._snapshot_rounds:
+            self.snapshots[self.t] = self.images[: self.problem.batch].detach().half().cpu()
+        if self.best.round == self.t and self.t >= self.retreat["round"] + RETREAT_EVERY:
+            self.retreat = self._state_to_fall_back_to()
+        patience = self.attack.patience
+        if patience is not None and self.t - self.best.last_gain >= patience:
+            self.stopped = f"plateau: the matching loss fell by less than 1 % in {patience} rounds"
+        elif self.t == self.rounds:
+            self.stopped = f"all {self.rounds} rounds done"
+
+    def interrupt(self, why: str) -> None:
+        """No further round, unless all are done."""
+        if not self.stopped:
+            self.interrupted, self.stopped = why, f"interrupted by {why} after round {self.t} of {self.rounds}"
+
+    def result(self) -> Reconstruction:
+        """What was found, with the last step's iterate among the candidates."""
+        attack, client = self.attack, self.problem.client
+        y = self.problem.labels
+        with torch.no_grad():  # the last step's result has not been looked at yet
+            images = self.image_model()
+            y = soft_labels(self.image_model) if attack.joint_labels else y
+        for member in images.split(self.problem.batch):
+            loss, _ = self.distance(client(member, y), self.problem.observed)
+            if math.isfinite(loss):
+                self.best.offer(loss, member, y.argmax(1) if attack.joint_labels else y)
+        self.best.round_done(len(self.history) + 1)
+        best = self.best
+        notes = attack.describe(self.problem, self.image_model)
+        gain = bright_gain(best.images) if self.natural else 1.0
+        if gain != 1 and self.distance(client(gain * best.images, best.labels), self.problem.observed)[0] > 1.5 * best.loss:
+            gain = 1.0  # the update has the last word
+        notes["gain_check"] = {"sensitivity": self.problem.gain_sensitivity, "applied": gain}
+        notes["image_sensitivity"] = self.problem.image_sensitivity
+        if isinstance(self.engine, SelfChecking):
+            notes["engine_check"] = {
+                "in_use": "secant" if self.engine.trusted else "exact",
+                "step": self.engine.step,
+                "relative_error": self.engine.error if math.isfinite(self.engine.error) else None,
+            }
+        if client.piece is not None:
+            notes["images_at_a_time"] = client.piece
+        frames = [_eight_bit(gain * x) for x in self.snapshots.values()]
+        return Reconstruction(
+            images=(gain * best.images).clamp(0, 1).float().cpu(),
+            labels=Labels(best.labels.cpu(), "joint" if attack.joint_labels else self.labels.rule),
+            matching_loss=best.loss,
+            best_round=best.round,
+            rounds=max(1, len(self.history)),
+            seconds=self.seconds,
+            stopped=self.stopped,
+            history=self.history,
+            snapshots=torch.stack(frames) if frames else torch.empty(0),
+            snapshot_rounds=list(self.snapshots),
+            peak_memory_mb=peak_memory_mb(self.device),
+            notes=notes,
+            warnings=[*self.warnings, *self._plateau()],
+            interrupted=self.interrupted,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that :meth:`load_state_dict` needs to go on as if nothing had happened."""
+        columns = ("round", "loss", "learning_rate", "seconds")
+        return {
+            "t": self.t,
+            "stopped": self.stopped,
+            "seconds": self.seconds,
+            "image_model": self.image_model.state_dict(),
+            "phases": [[phase.optimiser.state_dict(), phase.schedule.state_dict()] for phase in self.phases],
+            "engine": self.engine.state_dict() if isinstance(self.engine, SelfChecking) else None,
+            "best": vars(self.best),
+            "history": torch.tensor([[row[c] for c in columns] for row in self.history], dtype=torch.float64),
+            "snapshots": self.snapshots,
+            "warnings": self.warnings,
+            "fell_back": self.fell_back,
+            "smaller_pieces": self.smaller_pieces,
+            "retreat": self.retreat,
+            "random": torch.get_rng_state(),
+            "device_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: It does not fit the image model.
+        """
+        try:
+            self.image_model.load_state_dict(state["image_model"])
+            for phase, (optimiser, schedule) in zip(self.phases, state["phases"], strict=True):
+                phase.optimiser.load_state_dict(optimiser)
+                phase.schedule.load_state_dict(schedule)
+        except (RuntimeError, ValueError, KeyError) as fault:
+            raise CheckpointError(
+                f"the checkpoint does not fit this attack's image model ({fault}); was it written by another version? "
+                "Start anew with --force"
+            ) from None
+        if isinstance(self.engine, SelfChecking):
+            self.engine.load_state_dict(state["engine"])
+        vars(self.best).update(state["best"])
+        self.best.images, self.best.labels = self.best.images.to(self.device), self.best.labels.to(self.device)
+        self.t, self.stopped = state["t"], state["stopped"]
+        self.history = [
+            {"round": int(t), "loss": loss, "learning_rate": rate, "seconds": seconds}
+            for t, loss, rate, seconds in state["history"].reshape(-1, 4).tolist()
+        ]
+        self.snapshots, self.warnings, self.retreat = state["snapshots"], state["warnings"], state["retreat"]
+        self.fell_back, self.smaller_pieces = state["fell_back"], state["smaller_pieces"]
+        torch.set_rng_state(state["random"])
+        if self.device.type == "cuda" and state["device_random"] is not None:
+            torch.cuda.set_rng_state(state["device_random"], self.device)
+        self._start = time.perf_counter() - state["seconds"]
+
+    def _evaluate(self, parameters: list[nn.Parameter]) -> float:
         """The matching loss at the present parameters, and the gradient of loss plus prior in their ``grad``."""
-        nonlocal images
-        for p in image_model.parameters():
+        for p in self.image_model.parameters():
             p.grad = None
-        images = image_model()
-        penalty = attack.prior(images, problem)
+        self.images = images = self.image_model()
+        penalty = self.attack.prior(images, self.problem)
         if penalty is not None:
             penalty.backward(retain_graph=True)
         losses, cotangents = [], []
-        for member in images.split(problem.batch):
-            loss, cotangent = match(member)
+        for member in images.split(self.problem.batch):
+            loss, cotangent = self._match(member)
             losses.append(loss)
-            cotangents.append(hold_gain(member, cotangent) if natural else cotangent)
+            cotangents.append(hold_gain(member, cotangent) if self.natural else cotangent)
         images.backward(torch.cat(cotangents))
-        if attack.signed:
+        if self.attack.signed:
             for p in parameters:
                 if p.grad is not None:
                     p.grad.sign_()
         return min(losses)
 
-    history: list[dict[str, float]] = []
-    snapshots: dict[int, Tensor] = {}
-    phases = attack.phases(image_model)
-    rounds = sum(phase.rounds for phase in phases)
-    keep = snapshot_rounds(rounds, attack.snapshots)
-    stopped = f"all {rounds} rounds done"
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    start = time.perf_counter()
-    with _progress(rounds, progress) as report:
-        for t, phase in enumerate((p for p in phases for _ in range(p.rounds)), start=1):
-            parameters = [p for group in phase.optimiser.param_groups for p in group["params"]]
-            rate = phase.optimiser.param_groups[0]["lr"]
-            try:
-                loss = float(phase.optimiser.step(lambda: evaluate(parameters)))  # noqa: B023
-            except _NotFinite as fault:
-                if math.isinf(best.loss):
-                    raise DivergedError(
-                        f"the first matching loss is {fault}: F's gradient at the attack's first images is not finite; "
-                        'try attack.precision="float64", or another seed'
-                    ) from None
-                stopped = f"the matching loss became {fault} in round {t}; the best earlier iterate is kept"
-                break
-            phase.schedule.step()
-            attack.project(image_model)
-            best.round_done(t)
-            history.append({"round": t, "loss": loss, "learning_rate": rate, "seconds": time.perf_counter() - start})
-            if t in keep:
-                snapshots[t] = images[: problem.batch].detach().half().cpu()
-            report(t, loss)
-            if attack.patience is not None and t - best.last_gain >= attack.patience:
-                stopped = f"plateau: the matching loss fell by less than 1 % in {attack.patience} rounds"
-                break
-    with torch.no_grad():  # the last step's result has not been looked at yet
-        images = image_model()
-        y = soft_labels(image_model) if attack.joint_labels else y
-    for member in images.split(problem.batch):
-        loss, _ = distance(client(member, y), observed)
-        if math.isfinite(loss):
-            best.offer(loss, member, y.argmax(1) if attack.joint_labels else y)
-    best.round_done(len(history) + 1)
-    notes = attack.describe(problem, image_model)
-    gain = bright_gain(best.images) if natural else 1.0
-    if gain != 1 and distance(client(gain * best.images, best.labels), observed)[0] > 1.5 * best.loss:
-        gain = 1.0  # the update has the last word
-    images = (gain * best.images).clamp(0, 1)
-    notes["gain_check"] = {"sensitivity": problem.gain_sensitivity, "applied": gain}
-    if isinstance(transpose_engine, SelfChecking):
-        notes["engine_check"] = {
-            "in_use": "secant" if transpose_engine.trusted else "exact",
-            "step": transpose_engine.step,
-            "relative_error": transpose_engine.error if math.isfinite(transpose_engine.error) else None,
+    def _match(self, member: Tensor) -> tuple[float, Tensor]:
+        """The matching loss of one member's images, and its cotangent with respect to them."""
+        client, y = self.problem.client, self.problem.labels
+        if self.attack.joint_labels:
+            soft = soft_labels(self.image_model)
+            update, both = client.joint_vjp(member, soft, engine=self.engine)
+        else:
+            update, transpose = client.vjp(member, y, engine=self.engine)
+        loss, cotangent = self.distance(update, self.problem.observed)
+        if not math.isfinite(loss):
+            raise _NotFinite(loss)
+        if not self.attack.joint_labels:
+            self.best.offer(loss, member, y)
+            return loss, transpose(cotangent)
+        self.best.offer(loss, member, soft.argmax(1))
+        image_cotangent, label_cotangent = both(cotangent)
+        soft.backward(label_cotangent)
+        return loss, image_cotangent
+
+    def _state_to_fall_back_to(self) -> dict[str, Any]:
+        """Parameters and the optimiser's state, copied."""
+        return {
+            "round": self.t,
+            "phase": self.phases.index(self.plan[min(self.t, self.rounds - 1)]),
+            "image_model": copy.deepcopy(self.image_model.state_dict()),
+            "optimiser": copy.deepcopy(self.plan[min(self.t, self.rounds - 1)].optimiser.state_dict()),
         }
-    return Reconstruction(
-        images=images.float().cpu(),
-        labels=Labels(best.labels.cpu(), "joint" if attack.joint_labels else labels.rule),
-        matching_loss=best.loss,
-        best_round=best.round,
-        rounds=max(1, len(history)),
-        seconds=time.perf_counter() - start,
-        stopped=stopped,
-        history=history,
-        snapshots=torch.stack([_eight_bit(gain * x) for x in snapshots.values()]) if snapshots else torch.empty(0),
-        snapshot_rounds=list(snapshots),
-        peak_memory_mb=peak_memory_mb(device),
-        notes=notes,
-    )
+
+    def _fall_back(self, fault: _NotFinite) -> None:
+        """To the last good state with a smaller step, the first time; the second time the run ends."""
+        if math.isinf(self.best.loss):
+            raise DivergedError(
+                f"the first matching loss is {fault}: F's gradient at the attack's first images is not finite; "
+                'try attack.precision="float64", or another seed'
+            ) from None
+        if self.fell_back:
+            self.stopped = f"the matching loss became {fault} in round {self.t + 1}; the best earlier iterate is kept"
+            return
+        self.fell_back = True
+        phase = self.plan[self.t]
+        rate = phase.optimiser.param_groups[0]["lr"]
+        self.image_model.load_state_dict(self.retreat["image_model"])
+        if self.phases.index(phase) == self.retreat["phase"]:
+            phase.optimiser.load_state_dict(self.retreat["optimiser"])
+        else:
+            phase.optimiser.state.clear()
+        phase.schedule.base_lrs = [SMALLER_STEP * eta for eta in phase.schedule.base_lrs]
+        for group in phase.optimiser.param_groups:
+            group["lr"] = SMALLER_STEP * rate
+        self._warn(
+            f"The matching loss became {fault} in round {self.t + 1}: the attack went back to its state of round "
+            f"{self.retreat['round']}, with a tenth of the step."
+        )
+
+    def _use_smaller_pieces(self) -> None:
+        """Memory ran out: half as many images at a time, once; else the run ends with what it has."""
+        client, batch = self.problem.client, self.problem.batch
+        size = client.piece or batch
+        if client.can_split and size > 1 and not self.smaller_pieces:
+            self.smaller_pieces = True
+            client.in_pieces(math.ceil(size / 2))
+            self._warn(f"Memory ran out in round {self.t + 1}: the attack went on with {client.piece} images at a time.")
+            return
+        if math.isinf(self.best.loss):
+            raise MemoryLimitError(
+                f"memory ran out in the first round, with {size} images of {self.problem.image_shape} at a time; use fewer or "
+                'smaller images, attack.engine="secant", or a machine with more memory'
+            )
+        self.stopped = f"memory ran out in round {self.t + 1}; the best earlier iterate is kept"
+
+    def _plateau(self) -> list[str]:
+        """A warning if the loss stood still for long before the end."""
+        still = self.t - self.best.last_gain
+        if self.t < 2 * RETREAT_EVERY or still < PLATEAU * self.t:
+            return []
+        return [
+            f"Plateau: the matching loss has not fallen by 1 % since round {self.best.last_gain} of {self.t}. The last rounds "
+            "brought nothing; another seed, step or image model may."
+        ]
+
+    def _warn(self, text: str) -> None:
+        log.warning("%s", text)
+        self.warnings.append(text)
+
+
+def _reconstruction(state: dict[str, Any]) -> Reconstruction:
+    """From ``dataclasses.asdict``, as a checkpoint holds it."""
+    return Reconstruction(**{**state, "labels": Labels(**state["labels"])})
 
 
 class _Best:
@@ -316,25 +565,27 @@ def _eight_bit(images: Tensor) -> Tensor:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """A fixed random state inside; the caller's own state is untouched."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # image models are made on the CPU
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """A fixed random state inside, of the CPU (where image models are made) and the device; the caller's is untouched."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         yield
 
 
 @contextmanager
-def _progress(rounds: int, show: bool) -> Iterator[Any]:
+def _progress(rounds: int, show: bool, *, done: int = 0) -> Iterator[Any]:
     """A callback (round, loss): a bar where one can be drawn, else about twenty lines on standard error."""
     if not show:
         yield lambda t, loss: None
         return
     drawable = sys.stderr.isatty() or "ipykernel" in sys.modules
     if drawable:
-        with tqdm(total=rounds, desc="attack", unit="round") as bar:
+        with tqdm(total=rounds, initial=done, desc="attack", unit="round") as bar:
 
             def draw(t: int, loss: float) -> None:
-                bar.update()
+                bar.update(t - bar.n)
                 bar.set_postfix_str(f"loss {loss:.2e}", refresh=False)
 
             yield draw
@@ -342,8 +593,8 @@ def _progress(rounds: int, show: bool) -> Iterator[Any]:
     start, every = time.perf_counter(), max(1, rounds // 20)
 
     def line(t: int, loss: float) -> None:
-        if t % every == 0 or t == rounds or t == 1:
-            each = (time.perf_counter() - start) / t
+        if t % every == 0 or t == rounds or t == done + 1:
+            each = (time.perf_counter() - start) / max(1, t - done)
             left = each * (rounds - t)
             print(f"round {t}/{rounds}  loss {loss:.2e}  {each:.2f} s/round  {left:.0f} s left", file=sys.stderr, flush=True)
 

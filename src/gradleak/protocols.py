@@ -226,6 +226,29 @@ class ClientOperator:
         """The same operator on another device or in another precision (float64 for reference computations)."""
         raise NotImplementedError
 
+    @property
+    def can_split(self) -> bool:
+        """Whether :meth:`in_pieces` applies: each image then has a gradient of its own."""
+        return False
+
+    @property
+    def piece(self) -> int | None:
+        """Largest number of images that are computed with at a time; None: all."""
+        return None
+
+    def in_pieces(self, size: int | None) -> None:
+        """From now on compute with at most ``size`` images at a time (None: all), for less memory and more time.
+
+        Raises:
+            SpecError: The operator cannot be split.
+        """
+        if size is not None:
+            raise SpecError("this client's images cannot be processed in pieces")
+
+    def held_images(self, batch: int) -> int:
+        """How many of ``batch`` images a transpose holds the graph of at once."""
+        return batch
+
     def _moved_model(self, device: torch.device | str, dtype: torch.dtype | None) -> nn.Module:
         """F there, with a gradient required of what is sent and of nothing else."""
         model = copy.deepcopy(self.model).to(device=device, dtype=dtype)
@@ -240,16 +263,72 @@ class ClientOperator:
 class FedSGD(ClientOperator):
     r"""A client of FedSGD: :math:`A(x, y) = \nabla_W L(F(x; W), y)`  (CI-Net, section 3).
 
+    Without batch statistics L is a mean over images, so :math:`A(x, y) = \sum_k \frac{B_k}{B} A(x_k, y_k)` over pieces of the
+    batch: :meth:`in_pieces` computes it so, piece by piece, and the transpose computes each piece once more. Memory is
+    that of one piece, time about half as much again.
+
     Args: as :class:`ClientOperator`.
+
     """
 
+    _piece: int | None = None
+
+    @property
+    def can_split(self) -> bool:
+        return not self.has_batch_statistics
+
+    @property
+    def piece(self) -> int | None:
+        return self._piece
+
+    def in_pieces(self, size: int | None) -> None:
+        if size is not None and not self.can_split:
+            raise SpecError("batch statistics couple the images of this client, so they cannot be processed in pieces")
+        self._piece = size
+
+    def held_images(self, batch: int) -> int:
+        return min(batch, self.piece or batch)
+
     def __call__(self, images: Tensor, labels: Tensor) -> Update:
-        return self.gradient(self.weights, images, labels)
+        if self.held_images(len(images)) == len(images):
+            return self.gradient(self.weights, images, labels)
+        total = {name: torch.zeros_like(w) for name, w in self.weights.items()}
+        for x, y, share in self._pieces(images, labels):
+            torch._foreach_add_(list(total.values()), list(self.gradient(self.weights, x, y).values()), alpha=share)
+        return total
 
     def vjp(self, images: Tensor, labels: Tensor, *, engine: Engine = exact) -> tuple[Update, Transpose]:
-        return engine(lambda weights, x: self.loss(weights, x, labels), self.weights, images)
+        if self.held_images(len(images)) == len(images):
+            return self._vjp(images, labels, engine)
+
+        def transpose(cotangent: Update) -> Tensor:
+            pieces = self._pieces(images, labels)
+            return torch.cat([share * self._vjp(x, y, engine)[1](cotangent) for x, y, share in pieces])
+
+        return self(images, labels), transpose
 
     def joint_vjp(self, images: Tensor, labels: Tensor, *, engine: Engine = exact) -> tuple[Update, JointTranspose]:
+        if self.held_images(len(images)) == len(images):
+            return self._joint_vjp(images, labels, engine)
+
+        def transpose(cotangent: Update) -> tuple[Tensor, Tensor]:
+            pieces = self._pieces(images, labels)
+            back = [[share * t for t in self._joint_vjp(x, y, engine)[1](cotangent)] for x, y, share in pieces]
+            to_images, to_labels = zip(*back, strict=True)
+            return torch.cat(to_images), torch.cat(to_labels)
+
+        return self(images, labels), transpose
+
+    def _pieces(self, images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor, float]]:
+        """The batch in pieces, and the share of each in the mean."""
+        assert self.piece is not None
+        parts = zip(images.split(self.piece), labels.split(self.piece), strict=True)
+        return [(x, y, len(x) / len(images)) for x, y in parts]
+
+    def _vjp(self, images: Tensor, labels: Tensor, engine: Engine) -> tuple[Update, Transpose]:
+        return engine(lambda weights, x: self.loss(weights, x, labels), self.weights, images)
+
+    def _joint_vjp(self, images: Tensor, labels: Tensor, engine: Engine) -> tuple[Update, JointTranspose]:
         sizes = [images[0].numel(), labels[0].numel()]
 
         def split(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,6 +343,7 @@ class FedSGD(ClientOperator):
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> FedSGD:
         moved = FedSGD(self._moved_model(device, dtype), loss=self.training_loss, mode=self.mode)
+        moved._piece = self._piece
         moved._named_like(self)
         return moved
 
@@ -326,6 +406,9 @@ class FedAvg(ClientOperator):
             torch.arange(count) if generator is None else torch.randperm(count, generator=generator) for _ in range(self.epochs)
         )
         return [batch for order in orders for batch in order.split(size)]
+
+    def held_images(self, batch: int) -> int:
+        return min(batch, self.batch_size or batch)
 
     def gradient_scale(self, batch: int) -> float:
         steps = len(self.batches(batch))
@@ -439,6 +522,20 @@ class Around(ClientOperator):
     def defences(self) -> tuple[DefenceSpec, ...]:
         return self.client.defences
 
+    @property
+    def can_split(self) -> bool:
+        return self.client.can_split
+
+    @property
+    def piece(self) -> int | None:
+        return self.client.piece
+
+    def in_pieces(self, size: int | None) -> None:
+        self.client.in_pieces(size)
+
+    def held_images(self, batch: int) -> int:
+        return self.client.held_images(batch)
+
     def gradient_scale(self, batch: int) -> float:
         return self.client.gradient_scale(batch)
 
@@ -472,6 +569,11 @@ class Average(Around):
 
     def gradient_scale(self, batch: int) -> float:
         return sum(share * self.client.gradient_scale(size) for share, size in zip(self._shares, self.sizes, strict=True))
+
+    def held_images(self, batch: int) -> int:
+        held = [(self.client.held_images(size), size) for size in self.sizes]
+        # what a client computes in pieces is computed again for its transpose; all others are held until then
+        return sum(h for h, size in held if h == size) + max((h for h, size in held if h < size), default=0)
 
     def __call__(self, images: Tensor, labels: Tensor) -> Update:
         return self._mean([self.client(x, y) for x, y in self._split(images, labels)])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import logging
 import platform
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,24 +21,29 @@ from torch import Tensor, nn
 
 from gradleak import data, models
 from gradleak.attacks import Attack, attack
-from gradleak.attacks.recipe import GAIN_BLIND
+from gradleak.attacks.recipe import GAIN_BLIND, IMAGE_BLIND
+from gradleak.checkpoint import Checkpoint
 from gradleak.client import ClientOperator, Cost, build_client, defence_costs, operator, simulate
 from gradleak.defences import DPSGD, visible_mask
 from gradleak.defences import parse as defences_of
 from gradleak.errors import DivergedError, ModelError, ObservationError, OutputError, SpecError
 from gradleak.evaluate import Evaluation, evaluate, mean_image_control, quality_over_rounds, verdict
 from gradleak.files import write_atomically
+from gradleak.folder import CHECKPOINT, CONTROL, LOG, RECONSTRUCTION, RESULT, SPEC, check_folder, lock_folder, open_folder
 from gradleak.invert import Reconstruction, invert, noise_update
 from gradleak.labels import recover
 from gradleak.metrics import load_lpips
 from gradleak.observation import Observation, Truth
 from gradleak.report import ReportData, write_report
-from gradleak.spec import DefenceSpec, RunSpec, dump, override
+from gradleak.spec import DefenceSpec, RunSpec, dump, flat, override, read_table
 from gradleak.tensors import read_tensors, write_tensors
 from gradleak.threat import LETTERS, check_granted, letter
 
-RESULT, RECONSTRUCTION, SPEC, LOG = "result.json", "reconstruction.safetensors", "spec.toml", "log.jsonl"
-RUN_FILES = (RESULT, RECONSTRUCTION, SPEC, LOG, "report.html", "grid.png")
+#: Keys of a specification that change neither what is computed nor its last bit on one machine.
+INDIFFERENT = {"threads", "device", "checkpoint_seconds", "memory_limit_mb", "evaluate"}
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,44 +79,143 @@ def simulate_client(spec: RunSpec) -> Client:
     return Client(truth, model, client, observation, costs)
 
 
-def audit(spec: RunSpec, out: Path, *, force: bool = False, progress: bool = True, command: str = "") -> dict[str, Any]:
+def audit(
+    spec: RunSpec, out: Path, *, force: bool = False, resume: bool = False, progress: bool = True, command: str = ""
+) -> dict[str, Any]:
     """Simulate, attack, evaluate, report.
 
     Args:
         spec: What to run.
-        out: The run folder; must be empty or absent unless ``force``.
+        out: The run folder; must be empty or absent unless ``force`` or ``resume``.
         force: Overwrite an earlier run's files.
+        resume: Go on with an unfinished run of the same specification; the result is that of a run that was never
+            interrupted. A finished one is left as it is, and an absent one begins.
         progress: Show progress on standard error.
         command: How a reader of the report can repeat the run.
 
     Returns:
-        The content of ``result.json``.
+        The content of ``result.json``; ``partial`` is true in it when a signal ended the attack early.
     """
     recipe, device = prepare(spec)
-    check_folder(out, force=force)
-    client = simulate_client(spec)
-    prepare_folder(out, force=force)
-    reconstruction = attack_observation(client.observation, client.model, recipe, spec, device, progress=progress)
-    controls, warnings = _controls(client, recipe, spec, device, progress=progress) if spec.evaluate.controls else ({}, [])
-    result = describe(
-        spec, recipe, client.observation, client.operator, reconstruction, device, simulated=True, command=command
-    )
-    result["warnings"] += warnings
-    result |= {"controls": controls} if controls else {}
-    result |= {"defence_costs": [dataclasses.asdict(cost) for cost in client.costs]} if client.costs else {}
-    result["assumptions"] += _cost_row(client.costs)
+    check_folder(out, force=force, resume=resume)
     text = dump(resolve(spec, recipe))
-    return write_run(out, result, reconstruction, spec_text=text, truth=client.truth, lpips=spec.evaluate.lpips)
+    finished = check_resumable(out, text) if resume else None
+    if finished is not None:
+        return finished
+    client = simulate_client(spec)
+    with open_folder(out, force=force, resume=resume):
+        write_atomically(out / SPEC, text)
+        keep = Checkpoint(out / CHECKPOINT, every=spec.checkpoint_seconds)
+        with stopping() as stop:
+            reconstruction = attack_observation(
+                client.observation, client.model, recipe, spec, device, progress=progress, checkpoint=keep, stop=stop
+            )
+            controls: dict[str, Any] = {}
+            warnings: list[str] = []
+            if spec.evaluate.controls and not reconstruction.interrupted:
+                control = Checkpoint(out / CONTROL, every=spec.checkpoint_seconds)
+                controls, warnings = _controls(client, recipe, spec, device, progress=progress, checkpoint=control, stop=stop)
+            interrupted = stop()
+        result = describe(
+            spec, recipe, client.observation, client.operator, reconstruction, device, simulated=True, command=command
+        )
+        result |= {"partial": bool(interrupted), "interrupted": interrupted or None}
+        result["warnings"] += [_partial(reconstruction, interrupted)] * bool(interrupted) + warnings
+        result |= {"controls": controls} if controls else {}
+        result |= {"defence_costs": [dataclasses.asdict(cost) for cost in client.costs]} if client.costs else {}
+        result["assumptions"] += _cost_row(client.costs)
+        result = write_run(out, result, reconstruction, spec_text=text, truth=client.truth, lpips=spec.evaluate.lpips)
+        if not interrupted:
+            for name in (CHECKPOINT, CONTROL):
+                Checkpoint(out / name).remove()
+        return result
+
+
+def _partial(reconstruction: Reconstruction, signal_name: str) -> str:
+    """What a report says of a run that a signal ended."""
+    when = reconstruction.stopped if reconstruction.interrupted else f"interrupted by {signal_name} after the attack"
+    return f"Partial result: {when}. Go on with --resume."
+
+
+def check_resumable(out: Path, text: str) -> dict[str, Any] | None:
+    """Whether ``--resume`` can go on in this folder.
+
+    Args:
+        out: The run folder.
+        text: The resolved specification, as TOML.
+
+    Returns:
+        The result of a run that is finished already; None where something is left to do.
+
+    Raises:
+        SpecError: The run in the folder is another one; names the keys that differ.
+    """
+    if not (out / SPEC).is_file():
+        return None
+    before, now = flat(read_table(out / SPEC)), flat(read_table(text))
+    different = sorted(
+        key
+        for key in before.keys() | now.keys()
+        if before.get(key) != now.get(key) and key.partition(".")[0] not in INDIFFERENT
+    )
+    if different:
+        faults = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in different[:3])
+        raise SpecError(
+            f"{out}: --resume goes on with the run that is there, and this is another one: {faults}. Use the command that "
+            "began it, another --out, or --force to start anew"
+        )
+    if not (out / RESULT).is_file():
+        return None
+    result = _read_result(out)
+    return None if result.get("partial") else result
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], str]]:
+    """A function that names the signal (``SIGINT``, ``SIGTERM``) that asked for an end; an empty text until one came.
+
+    So a round can be finished and the state be saved. A second SIGINT raises ``KeyboardInterrupt`` at once. Signals are the
+    main thread's affair: elsewhere nothing is changed.
+    """
+    received: list[str] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number).name)
+        log.warning("%s: finishing the round; then the state is saved and a partial report written", received[0])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: ""
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received[0] if received else ""
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _controls(
-    client: Client, recipe: Attack, spec: RunSpec, device: torch.device, *, progress: bool
+    client: Client,
+    recipe: Attack,
+    spec: RunSpec,
+    device: torch.device,
+    *,
+    progress: bool,
+    checkpoint: Checkpoint | None = None,
+    stop: Callable[[], str] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """The scores of the two controls, and why one of them is missing."""
-    controls, warnings = {}, []
+    controls: dict[str, Any] = {}
+    warnings: list[str] = []
     noise = noise_update(client.observation, seed=spec.seed)
     try:
-        rebuilt = attack_observation(noise, client.model, recipe, spec, device, progress=progress)
+        rebuilt = attack_observation(
+            noise, client.model, recipe, spec, device, progress=progress, checkpoint=checkpoint, stop=stop
+        )
+        if rebuilt.interrupted:
+            return {}, []
         controls["random-noise gradient"] = evaluate(rebuilt.images, client.truth, lpips=spec.evaluate.lpips).summary
     except (ObservationError, DivergedError) as refusal:
         warnings.append(f"The attack refused the control, a random-noise gradient: {refusal}")
@@ -122,6 +230,7 @@ def invert_observation(
     *,
     where: str,
     force: bool = False,
+    resume: bool = False,
     progress: bool = True,
     command: str = "",
 ) -> dict[str, Any]:
@@ -132,18 +241,34 @@ def invert_observation(
         spec: ``model``, ``attack``, ``labels``, ``seed`` and ``device`` are used.
         out: The run folder.
         where: What an error message calls the observation, its file name.
+        force, resume: As for :func:`audit`.
     """
     recipe, device = prepare(spec)
-    check_folder(out, force=force)
+    check_folder(out, force=force, resume=resume)
     surrogate = observation.surrogate_data or spec.threat.surrogate_data
     observation = dataclasses.replace(observation, surrogate_data=surrogate)
     model = models.build(spec.model, image_shape=observation.image_shape)
     client = operator(observation, model, where=where)
-    prepare_folder(out, force=force)
-    reconstruction = attack_observation(observation, model, recipe, spec, device, progress=progress, where=where)
-    result = describe(spec, recipe, observation, client, reconstruction, device, simulated=False, command=command)
-    text = f"# gradleak invert {where}\n" + dump(resolve(spec, recipe), leave_out={"data", "client", "defence", "evaluate"})
-    return write_run(out, result, reconstruction, spec_text=text)
+    text = f"# gradleak invert {where!r}\n"
+    text += dump(resolve(spec, recipe), leave_out={"data", "client", "defence", "evaluate"})
+    finished = check_resumable(out, text) if resume else None
+    if finished is not None:
+        return finished
+    with open_folder(out, force=force, resume=resume):
+        write_atomically(out / SPEC, text)
+        keep = Checkpoint(out / CHECKPOINT, every=spec.checkpoint_seconds)
+        with stopping() as stop:
+            reconstruction = attack_observation(
+                observation, model, recipe, spec, device, progress=progress, where=where, checkpoint=keep, stop=stop
+            )
+        result = describe(spec, recipe, observation, client, reconstruction, device, simulated=False, command=command)
+        result |= {"partial": bool(reconstruction.interrupted), "interrupted": reconstruction.interrupted or None}
+        if reconstruction.interrupted:
+            result["warnings"].append(_partial(reconstruction, reconstruction.interrupted))
+        result = write_run(out, result, reconstruction, spec_text=text)
+        if not reconstruction.interrupted:
+            keep.remove()
+        return result
 
 
 def evaluate_run(folder: Path, truth: Truth, *, lpips: str = "auto") -> dict[str, Any]:
@@ -156,15 +281,29 @@ def evaluate_run(folder: Path, truth: Truth, *, lpips: str = "auto") -> dict[str
     for name in (RESULT, RECONSTRUCTION):
         if not (folder / name).is_file():
             raise OutputError(f"{folder}: no {name} in it; expected a folder written by `gradleak invert` or `audit`")
+    with lock_folder(folder):
+        return _evaluate_run(folder, truth, lpips=lpips)
+
+
+def _read_result(folder: Path) -> dict[str, Any]:
+    """result.json of a run folder."""
     try:
         result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        lines = (folder / LOG).read_text(encoding="utf-8").splitlines() if (folder / LOG).is_file() else []
-        history = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise OutputError(f"{folder}: {RESULT} or {LOG} is damaged: {error}") from None
-    tensors, _ = read_tensors(folder / RECONSTRUCTION, error=OutputError)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{folder}: {RESULT} is damaged: {error}") from None
     if not isinstance(result, dict) or not {"labels", "cost", "matching_loss"} <= result.keys():
         raise OutputError(f"{folder}: {RESULT} is damaged: it is not what `gradleak invert` or `audit` writes")
+    return result
+
+
+def _evaluate_run(folder: Path, truth: Truth, *, lpips: str) -> dict[str, Any]:
+    result = _read_result(folder)
+    try:
+        lines = (folder / LOG).read_text(encoding="utf-8").splitlines() if (folder / LOG).is_file() else []
+        history = [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{folder}: {LOG} is damaged: {error}") from None
+    tensors, _ = read_tensors(folder / RECONSTRUCTION, error=OutputError)
     if not {"images", "labels"} <= tensors.keys():
         raise OutputError(f"{folder}: {RECONSTRUCTION} has no tensors 'images' and 'labels'")
     snapshots = tensors.get("snapshots", torch.empty(0))
@@ -190,12 +329,24 @@ def attack_observation(
     *,
     progress: bool,
     where: str = "observation",
+    checkpoint: Checkpoint | None = None,
+    stop: Callable[[], str] | None = None,
 ) -> Reconstruction:
     """Recover the labels by the specification's rule and run the attack. The truth is not an argument."""
     check_granted(str(spec.attack["name"]), recipe, observation)
     client = operator(observation, model, where=where).to(device)
     labels = recover(spec.labels.rule, observation, client)
-    return invert(observation, recipe, client=client, labels=labels, seed=spec.seed, progress=progress)
+    return invert(
+        observation,
+        recipe,
+        client=client,
+        labels=labels,
+        seed=spec.seed,
+        progress=progress,
+        checkpoint=checkpoint,
+        stop=stop,
+        memory_limit_mb=spec.memory_limit_mb,
+    )
 
 
 def prepare(spec: RunSpec) -> tuple[Attack, torch.device]:
@@ -226,32 +377,6 @@ def choose_device(name: str) -> torch.device:
     if wanted not in there:
         raise SpecError(f"device: {name!r} is not on this machine; available: {', '.join(there)}")
     return torch.device(wanted)
-
-
-def check_folder(out: Path, *, force: bool = False) -> None:
-    """Raise :class:`~gradleak.errors.OutputError` for a path that is no folder, or a folder with files and no ``force``."""
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out}: exists and is not a folder; choose another --out")
-    if out.is_dir() and not force and any(out.iterdir()):
-        raise OutputError(f"{out}: the folder is not empty; choose another --out, or overwrite it with --force")
-
-
-def prepare_folder(out: Path, *, force: bool = False) -> None:
-    """Create a private run folder (0700). An earlier run's files are removed only with ``force``; nothing else ever is.
-
-    Raises:
-        OutputError: Not a folder, not empty, or not writable.
-    """
-    try:
-        check_folder(out, force=force)
-        for name in RUN_FILES:
-            (out / name).unlink(missing_ok=True)
-        out.mkdir(mode=0o700, parents=True, exist_ok=True)
-        out.chmod(0o700)
-        if not os.access(out, os.W_OK):
-            raise OutputError(f"{out}: the folder is not writable")
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be used as the output folder: {error.strerror or error}") from None
 
 
 def resolve(spec: RunSpec, recipe: Attack) -> RunSpec:
@@ -287,7 +412,9 @@ def describe(
             "peak_memory_mb": round(reconstruction.peak_memory_mb, 1),
         },
         "advice": advice(observation, client),
-        "warnings": [],
+        "partial": False,
+        "interrupted": None,
+        "warnings": list(reconstruction.warnings),
         "seed": spec.seed,
         "device": str(device),
         "threads": torch.get_num_threads(),
@@ -521,12 +648,25 @@ def _finish(
         if frames is not None:
             quality = {"round": list(snapshot_rounds), **quality_over_rounds(frames, truth)}
             result["quality"] = quality
+    result["verdict"] = _caveat(result) + result["verdict"]
     write_report(
         folder,
         ReportData(result=result, images=images, truth=truth, snapshots=frames, history=history, quality=quality),
     )
     write_atomically(folder / RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result
+
+
+def _caveat(result: dict[str, Any]) -> str:
+    """What a verdict begins with where the images shown are not, or not yet, what the update tells."""
+    sensitivity = result["attack"].get("image_sensitivity")
+    texts = ["Partial result, the attack was interrupted."] * bool(result.get("partial"))
+    if sensitivity is not None and sensitivity < IMAGE_BLIND:
+        texts.append(
+            f"The update does not depend on the images (sensitivity {sensitivity:.0e}): what is shown comes from the attack, "
+            "not from the client."
+        )
+    return "".join(f"{text} " for text in texts)
 
 
 def scores(evaluation: Evaluation) -> dict[str, Any]:

@@ -190,6 +190,15 @@ class RunSpec(_Table):
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the attack")
     device: str = Field(default="auto", description="auto | cpu | cuda | cuda:N | mps")
     threads: int | None = Field(default=None, ge=1, description="CPU threads (default: torch's own choice)")
+    checkpoint_seconds: float = Field(
+        default=60.0, ge=0, allow_inf_nan=False, description="seconds between two checkpoints; 0: one after every round"
+    )
+    memory_limit_mb: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="MiB that the attack may take (default: 9/10 of what is free)",
+    )
     data: DataSpec = DataSpec()
     model: ModelSpec = ModelSpec()
     client: ClientSpec = ClientSpec()
@@ -230,7 +239,7 @@ def load(path: Path | None = None, overrides: list[str] | None = None) -> RunSpe
     Raises:
         SpecError: Names the key, what is wrong with it, and the nearest known key.
     """
-    table = _read(path) if path is not None else {k: dict(v) for k, v in DEFAULT.items()}
+    table = read_table(path) if path is not None else {k: dict(v) for k, v in DEFAULT.items()}
     named = {text.partition("=")[0].strip() for text in overrides or []} if path is None else set()
     for key in ("model", "attack"):
         if f"{key}.name" in named:
@@ -279,15 +288,30 @@ def dump(spec: RunSpec, *, leave_out: set[str] | None = None) -> str:
     return str(tomli_w.dumps(table))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise SpecError(f"{path}: no such specification file")
-    if path.stat().st_size > MAX_SPEC_BYTES:
-        raise SpecError(f"{path}: larger than {MAX_SPEC_BYTES} bytes; is it a TOML specification?")
+def read_table(source: Path | str) -> dict[str, Any]:
+    """The tables of a TOML file, or of a text.
+
+    Raises:
+        SpecError: No such file, too large, or not TOML.
+    """
+    if isinstance(source, str):
+        return tomllib.loads(source)
+    if not source.is_file():
+        raise SpecError(f"{source}: no such specification file")
+    if source.stat().st_size > MAX_SPEC_BYTES:
+        raise SpecError(f"{source}: larger than {MAX_SPEC_BYTES} bytes; is it a TOML specification?")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(source.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: not valid TOML: {error}") from None
+        raise SpecError(f"{source}: not valid TOML: {error}") from None
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Tables in tables as one, with dotted keys."""
+    pairs: dict[str, Any] = {}
+    for key, value in table.items():
+        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return pairs
 
 
 def _value(text: str) -> Any:

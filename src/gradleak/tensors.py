@@ -43,7 +43,7 @@ def read_tensors(path: Path, *, error: type[GradleakError] = ObservationError) -
         raise error(f"{path}: not a readable safetensors file: {cause}. Was it truncated on its way?") from None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, keep: Path | None = None) -> None:
     """Write a safetensors file atomically: readers see the old file or the whole new one, also after a power cut.
 
     Equal tensors and metadata give equal bytes.
@@ -52,13 +52,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         path: The file; its folder must exist.
         tensors: Name -> tensor, on any device.
         metadata: Short strings for the file's header.
+        keep: Where the old file goes (:func:`gradleak.files.write_atomically`).
 
     Raises:
         OutputError: The folder is missing, full or not writable.
     """
     # separate contiguous copies: the format has no views and no shared storage
     copies = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    write_atomically(path, _encode(copies, metadata))
+    write_atomically(path, _encode(copies, metadata), keep=keep)
 
 
 def check_state(

@@ -116,6 +116,15 @@ class SelfChecking:
         self.step, self.error, self.trusted = 1e-3, math.nan, True
         self._calls = 0
 
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"step": self.step, "error": self.error, "trusted": self.trusted, "calls": self._calls}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.step, self.error = state["step"], state["error"]
+        self.trusted, self._calls = bool(state["trusted"]), int(state["calls"])
+
     def decline(self) -> None:
         """Told by an operator that the secant is not defined for: the exact transpose is in use, without error."""
         self.trusted, self.error = False, 0.0
