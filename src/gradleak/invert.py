@@ -310,14 +310,12 @@ class _Loop:
             images = self.image_model()
             y = soft_labels(self.image_model) if attack.joint_labels else y
         for member in images.split(self.problem.batch):
-            loss, _ = self.distance(client(member, y), self.problem.observed)
-            if math.isfinite(loss):
-                self.best.offer(loss, member, y.argmax(1) if attack.joint_labels else y)
+            self.best.offer(self._loss(member, y), member, y.argmax(1) if attack.joint_labels else y)
         self.best.round_done(len(self.history) + 1)
         best = self.best
         notes = attack.describe(self.problem, self.image_model)
         gain = bright_gain(best.images) if self.natural else 1.0
-        if gain != 1 and self.distance(client(gain * best.images, best.labels), self.problem.observed)[0] > 1.5 * best.loss:
+        if gain != 1 and self._loss(gain * best.images, best.labels) > 1.5 * best.loss:
             gain = 1.0  # the update has the last word
         notes["gain_check"] = {"sensitivity": self.problem.gain_sensitivity, "applied": gain}
         notes["image_sensitivity"] = self.problem.image_sensitivity
@@ -419,6 +417,16 @@ class _Loop:
                 if p.grad is not None:
                     p.grad.sign_()
         return min(losses)
+
+    def _loss(self, images: Tensor, labels: Tensor) -> float:
+        """The matching loss; infinity where it is not finite, or memory does not suffice."""
+        try:
+            loss, _ = self.distance(self.problem.client(images, labels), self.problem.observed)
+        except (MemoryError, RuntimeError) as fault:
+            if not is_out_of_memory(fault):
+                raise
+            return math.inf
+        return loss if math.isfinite(loss) else math.inf
 
     def _match(self, member: Tensor) -> tuple[float, Tensor]:
         """The matching loss of one member's images, and its cotangent with respect to them."""
