@@ -6,8 +6,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-import faults
 import pytest
+
+import faults
 
 
 @pytest.fixture(scope="module")
