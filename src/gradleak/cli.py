@@ -192,6 +192,18 @@ def _print_result(result: dict[str, Any], folder: Path) -> None:
     for name, row in result.get("metrics", {}).items():
         if name != "mse" and row["mean"] is not None:
             typer.echo(f"  {name:5}  mean {row['mean']:.3f}  median {row['median']:.3f}  worst {row['worst']:.3f}")
+    found = result.get("identification")
+    if found and found["candidates"] > 1:
+        typer.echo(
+            f"  identified: {100 * found['rate']['mse']:.4g} % of the true images are the nearest of "
+            f"{found['candidates']} candidates (a guess: {100 * found['chance']:.2g} %)"
+        )
+    labels = result["labels"]
+    if labels["rule"] != "known" and labels.get("accuracy") is not None:
+        typer.echo(
+            f"  labels by {labels['rule']}: {100 * labels['accuracy']:.4g} % right, {100 * labels['classes_found']:.4g} % of "
+            f"the classes found, {100 * labels['counts_exact']:.4g} % of the counts exact"
+        )
     for name, note in result.get("notes", {}).items():
         typer.echo(f"  {name:5}  not computed: {note}")
     cost = result["cost"]

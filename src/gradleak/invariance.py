@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 
+import torch
 from torch import Tensor
 
 from gradleak.protocols import ClientOperator
@@ -42,6 +43,30 @@ def gain_sensitivity(client: ClientOperator, images: Tensor, labels: Tensor, *, 
     norms = {name: float(t.norm()) for name, t in before.items()}
     changes = [float((after[name] - before[name]).norm()) / norm for name, norm in norms.items() if norm > 0]
     return statistics.median(changes) / (1 - gain) if changes else 0.0
+
+
+def image_sensitivity(client: ClientOperator, labels: Tensor, image_shape: tuple[int, int, int]) -> float:
+    r"""Relative change of the update from one batch of random images to another, the largest over its tensors.
+
+    .. math:: \max_k \; 2 \, \|A_k(x) - A_k(x')\| \,/\, \big(\|A_k(x)\| + \|A_k(x')\|\big)
+
+    Zero for an F whose activations are all dead, say: such an update tells nothing of the images.
+
+    Args:
+        client: The operator A.
+        labels: B, those of the attack.
+        image_shape: (C, H, W).
+
+    Returns:
+        In [0, 2]; round-off where the update does not depend on the images.
+    """
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.rand(len(labels), *image_shape, generator=generator) for _ in range(2))
+    weight = next(iter(client.weights.values()))
+    labels = labels.to(weight.device)
+    first, second = client(one.to(weight), labels), client(other.to(weight), labels)
+    sizes = {name: float(t.norm() + second[name].norm()) for name, t in first.items()}
+    return max((2 * float((second[n] - first[n]).norm()) / size for n, size in sizes.items() if size > 0), default=0.0)
 
 
 def hold_gain(images: Tensor, cotangent: Tensor) -> Tensor:

@@ -21,9 +21,19 @@ from gradleak.attacks.recipe import GAIN_BLIND
 from gradleak.client import ClientOperator, Cost, build_client, defence_costs, operator, simulate
 from gradleak.defences import DPSGD, visible_mask
 from gradleak.defences import parse as defences_of
-from gradleak.errors import DivergedError, ModelError, ObservationError, OutputError, SpecError
-from gradleak.evaluate import Evaluation, evaluate, mean_image_control, quality_over_rounds, verdict
+from gradleak.errors import DataError, DivergedError, ModelError, ObservationError, OutputError, SpecError
+from gradleak.evaluate import (
+    Evaluation,
+    evaluate,
+    identify,
+    label_scores,
+    mean_image_control,
+    quality_over_rounds,
+    remark,
+    verdict,
+)
 from gradleak.files import write_atomically
+from gradleak.invariance import image_sensitivity
 from gradleak.invert import Reconstruction, invert, noise_update
 from gradleak.labels import recover
 from gradleak.metrics import load_lpips
@@ -70,7 +80,15 @@ def simulate_client(spec: RunSpec) -> Client:
     return Client(truth, model, client, observation, costs)
 
 
-def audit(spec: RunSpec, out: Path, *, force: bool = False, progress: bool = True, command: str = "") -> dict[str, Any]:
+def audit(
+    spec: RunSpec,
+    out: Path,
+    *,
+    force: bool = False,
+    progress: bool = True,
+    command: str = "",
+    client: Client | None = None,
+) -> dict[str, Any]:
     """Simulate, attack, evaluate, report.
 
     Args:
@@ -79,36 +97,55 @@ def audit(spec: RunSpec, out: Path, *, force: bool = False, progress: bool = Tru
         force: Overwrite an earlier run's files.
         progress: Show progress on standard error.
         command: How a reader of the report can repeat the run.
+        client: What :func:`simulate_client` gave for this specification, if it was called already.
 
     Returns:
         The content of ``result.json``.
     """
     recipe, device = prepare(spec)
     check_folder(out, force=force)
-    client = simulate_client(spec)
+    client = client or simulate_client(spec)
     prepare_folder(out, force=force)
     reconstruction = attack_observation(client.observation, client.model, recipe, spec, device, progress=progress)
-    controls, warnings = _controls(client, recipe, spec, device, progress=progress) if spec.evaluate.controls else ({}, [])
+    decoys, unread = _decoys(spec)
+    controls, warnings = (
+        _controls(client, recipe, spec, device, decoys=decoys, progress=progress) if spec.evaluate.controls else ({}, [])
+    )
     result = describe(
         spec, recipe, client.observation, client.operator, reconstruction, device, simulated=True, command=command
     )
-    result["warnings"] += warnings
+    result["warnings"] += warnings + unread
     result |= {"controls": controls} if controls else {}
     result |= {"defence_costs": [dataclasses.asdict(cost) for cost in client.costs]} if client.costs else {}
     result["assumptions"] += _cost_row(client.costs)
     text = dump(resolve(spec, recipe))
-    return write_run(out, result, reconstruction, spec_text=text, truth=client.truth, lpips=spec.evaluate.lpips)
+    return write_run(out, result, reconstruction, spec_text=text, truth=client.truth, decoys=decoys, lpips=spec.evaluate.lpips)
+
+
+def _decoys(spec: RunSpec) -> tuple[Tensor | None, list[str]]:
+    """Further images of the source, which the attack never sees, and a warning where they cannot be read."""
+    count = spec.evaluate.candidates - spec.data.batch
+    if count <= 0:
+        return None, []
+    try:
+        decoys = data.following(spec.data, count)
+    except DataError as fault:
+        return None, [f"The true images were looked for among the batch alone, since others cannot be read: {fault}"]
+    return (decoys if len(decoys) else None), []
 
 
 def _controls(
-    client: Client, recipe: Attack, spec: RunSpec, device: torch.device, *, progress: bool
+    client: Client, recipe: Attack, spec: RunSpec, device: torch.device, *, decoys: Tensor | None, progress: bool
 ) -> tuple[dict[str, Any], list[str]]:
     """The scores of the two controls, and why one of them is missing."""
-    controls, warnings = {}, []
+    controls: dict[str, Any] = {}
+    warnings = []
     noise = noise_update(client.observation, seed=spec.seed)
     try:
         rebuilt = attack_observation(noise, client.model, recipe, spec, device, progress=progress)
-        controls["random-noise gradient"] = evaluate(rebuilt.images, client.truth, lpips=spec.evaluate.lpips).summary
+        found = dataclasses.asdict(identify(rebuilt.images, client.truth, decoys=decoys))
+        scored = evaluate(rebuilt.images, client.truth, lpips=spec.evaluate.lpips).summary
+        controls["random-noise gradient"] = {**scored, "identification": found}
     except (ObservationError, DivergedError) as refusal:
         warnings.append(f"The attack refused the control, a random-noise gradient: {refusal}")
     controls["mean image"] = mean_image_control(client.truth, lpips=spec.evaluate.lpips).summary
@@ -279,7 +316,13 @@ def describe(
         "best_round": reconstruction.best_round,
         "stopped": reconstruction.stopped,
         "assumptions": assumptions(spec, observation, client, reconstruction, simulated=simulated),
-        "labels": {"rule": reconstruction.labels.rule, "values": reconstruction.labels.values.tolist(), "accuracy": None},
+        "labels": {
+            "rule": reconstruction.labels.rule,
+            "values": reconstruction.labels.values.tolist(),
+            "classes": _classes(client, observation),
+            "accuracy": None,
+        },
+        "image_sensitivity": image_sensitivity(client.to(device), reconstruction.labels.values, observation.image_shape),
         "cost": {
             "rounds": reconstruction.rounds,
             "seconds": round(reconstruction.seconds, 3),
@@ -295,6 +338,13 @@ def describe(
         "command": command,
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
     }
+
+
+def _classes(client: ClientOperator, observation: Observation) -> int:
+    """K, the number of F's outputs."""
+    with torch.no_grad():
+        images = torch.zeros(2, *observation.image_shape).to(next(iter(client.weights.values())))
+        return client.outputs(images).shape[-1]
 
 
 def _named(defence: DefenceSpec) -> str:
@@ -470,6 +520,7 @@ def write_run(
     *,
     spec_text: str,
     truth: Truth | None = None,
+    decoys: Tensor | None = None,
     lpips: str = "auto",
 ) -> dict[str, Any]:
     """Write a run folder: spec.toml, log.jsonl, reconstruction.safetensors, then what the evaluation adds."""
@@ -490,6 +541,7 @@ def write_run(
         snapshot_rounds=reconstruction.snapshot_rounds,
         history=reconstruction.history,
         truth=truth,
+        decoys=decoys,
         lpips=lpips,
     )
 
@@ -505,6 +557,7 @@ def _finish(
     history: list[dict[str, float]],
     truth: Truth | None,
     lpips: str,
+    decoys: Tensor | None = None,
 ) -> dict[str, Any]:
     """result.json, report.html and grid.png, with scores where there is a truth."""
     frames = snapshots.float() / 255 if len(snapshots) else None
@@ -517,10 +570,14 @@ def _finish(
     else:
         evaluation = evaluate(images, truth, labels=labels, lpips=lpips)
         result |= scores(evaluation)
-        result["labels"]["accuracy"] = label_accuracy(labels, truth.labels)
+        result["identification"] = dataclasses.asdict(identify(images, truth, decoys=decoys))
+        result["labels"] |= label_scores(labels, truth.labels, classes=result["labels"].get("classes"))
         if frames is not None:
             quality = {"round": list(snapshot_rounds), **quality_over_rounds(frames, truth)}
             result["quality"] = quality
+    mean_ssim = ((result.get("metrics") or {}).get("ssim") or {}).get("mean")
+    doubt = remark(mean_ssim, result.get("controls"), image_sensitivity=result.get("image_sensitivity"))
+    result["verdict"] += f" {doubt}" if doubt else ""
     write_report(
         folder,
         ReportData(result=result, images=images, truth=truth, snapshots=frames, history=history, quality=quality),
@@ -540,13 +597,6 @@ def scores(evaluation: Evaluation) -> dict[str, Any]:
         "many_to_one": table["many_to_one"],
         "notes": table["notes"],
     }
-
-
-def label_accuracy(recovered: Tensor, truth: Tensor) -> float:
-    """Share of the batch's labels that were recovered, as multisets: the sum over classes of the smaller count, over B."""
-    classes = int(max(recovered.max(), truth.max())) + 1
-    found, there = torch.bincount(recovered, minlength=classes), torch.bincount(truth, minlength=classes)
-    return float(torch.minimum(found, there).sum() / len(truth))
 
 
 def spec_for(observation: Observation, *, model: str | None, overrides: list[str], where: str) -> RunSpec:

@@ -182,6 +182,9 @@ class EvaluateSpec(_Table):
 
     lpips: str = Field(default="auto", description="auto: if VGG-16 is in torch's cache | off | download | a safetensors file")
     controls: bool = Field(default=False, description="also attack a random-noise gradient, and score the mean image")
+    candidates: int = Field(
+        default=100, ge=1, le=10_000, description="images among which the true one is looked for: the batch, and decoys"
+    )
 
 
 class RunSpec(_Table):
