@@ -32,11 +32,18 @@ UpdateFile = Annotated[Path, typer.Argument(metavar="UPDATE", help="update.safet
 
 @app.command()
 def audit(spec: SpecFile = None, *, set_: Set = None, out: Out, force: Force = False, quiet: Quiet = False) -> None:
-    """Simulate a client, attack its update, evaluate, report."""
-    from gradleak import run
+    """Simulate a client, attack its update, evaluate, report; each pair of them with [matrix] in the specification."""
+    from gradleak import matrix, run
     from gradleak.spec import load
 
-    result = run.audit(load(spec, set_), out, force=force, progress=not quiet, command=_command())
+    loaded = load(spec, set_)
+    if loaded.matrix.given:
+        found = matrix.audit_matrix(loaded, out, force=force, progress=not quiet, command=_command())
+        for line in matrix.lines(found):
+            typer.echo(line)
+        _print_report(out)
+        return
+    result = run.audit(loaded, out, force=force, progress=not quiet, command=_command())
     _print_result(result, out)
 
 
@@ -208,5 +215,9 @@ def _print_result(result: dict[str, Any], folder: Path) -> None:
         typer.echo(f"  {name:5}  not computed: {note}")
     cost = result["cost"]
     typer.echo(f"  {cost['rounds']} rounds in {cost['seconds']:.0f} s; matching loss {result['matching_loss']:.2e}")
+    _print_report(folder)
+
+
+def _print_report(folder: Path) -> None:
     typer.echo(f"report: {(folder / 'report.html').resolve()}")
     typer.echo("It shows private images: keep the folder to yourself.")

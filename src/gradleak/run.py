@@ -237,6 +237,8 @@ def attack_observation(
 
 def prepare(spec: RunSpec) -> tuple[Attack, torch.device]:
     """The recipe and the device of a specification; sets the number of CPU threads."""
+    if spec.matrix.given:
+        raise SpecError("matrix: several runs in one specification, which `gradleak audit` alone takes; leave it out here")
     settings = {key: value for key, value in spec.attack.items() if key != "name"}
     recipe = attack(str(spec.attack["name"]), **settings)
     for defence in defences_of(spec.defence):
@@ -347,7 +349,7 @@ def _classes(client: ClientOperator, observation: Observation) -> int:
         return client.outputs(images).shape[-1]
 
 
-def _named(defence: DefenceSpec) -> str:
+def named(defence: DefenceSpec) -> str:
     """A defence with its settings, in words."""
     settings = ", ".join(f"{key} {value}" for key, value in defence.settings.items())
     return f"{defence.name} ({settings})" if settings else defence.name
@@ -441,7 +443,7 @@ def assumptions(
         ),
         (
             "Defences",
-            "; ".join(_named(defence) for defence in observation.defences) or "none",
+            "; ".join(named(defence) for defence in observation.defences) or "none",
             "the attacker knows them" if observation.defences else "the update is sent as it is",
         ),
         *(("The audited model", note, "the figures hold for that model") for note in client.notes),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment
+from jinja2 import Environment, FunctionLoader
 from markupsafe import Markup
 from torch import Tensor
 
@@ -81,25 +81,28 @@ def render(data: ReportData) -> str:
     measured = _measured(pictures)
     height, width = data.images.shape[-2:]
     shown = pictures[: max(4, min(MAX_PICTURES, MAX_PIXELS // (height * width)))]
-    page = _environment().from_string(resources.files(__package__).joinpath("template.html").read_text("utf-8"))
-    return page.render(
-        result=data.result,
-        has_truth=data.truth is not None,
-        shape="×".join(str(n) for n in data.images.shape[1:]),
-        pictures=pictures,
-        shown=shown,
-        opened=OPEN_PICTURES,
-        small=max(height, width) <= 128,
-        width=width,
-        height=height,
-        measured=measured,
-        tiles=_tiles(data, measured),
-        strips=_strips(data, pictures) if data.snapshots is not None else [],
-        curves=_curves(data),
-        comparison=_comparison(data.result, measured) if data.truth is not None else [],
-        run=_run(data.result),
-        settings=_flat(data.result.get("attack") or {}),
-        versions=_flat(data.result.get("versions") or {}),
+    return (
+        environment()
+        .get_template("template.html")
+        .render(
+            result=data.result,
+            has_truth=data.truth is not None,
+            shape="×".join(str(n) for n in data.images.shape[1:]),
+            pictures=pictures,
+            shown=shown,
+            opened=OPEN_PICTURES,
+            small=max(height, width) <= 128,
+            width=width,
+            height=height,
+            measured=measured,
+            tiles=_tiles(data, measured),
+            strips=_strips(data, pictures) if data.snapshots is not None else [],
+            curves=_curves(data),
+            comparison=_comparison(data.result, measured) if data.truth is not None else [],
+            run=_run(data.result),
+            settings=_flat(data.result.get("attack") or {}),
+            versions=_flat(data.result.get("versions") or {}),
+        )
     )
 
 
@@ -312,9 +315,12 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
 
 
-def _environment() -> Environment:
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = _number
-    environment.filters["plain"] = _plain
-    environment.filters["uri"] = lambda image, longest=512: png_data_uri(picture(image, longest=longest))
-    return environment
+def environment() -> Environment:
+    """The templates beside this file, with everything that they show escaped; filters ``number``, ``plain``, ``uri``."""
+    files = FunctionLoader(lambda name: resources.files(__package__).joinpath(name).read_text("utf-8"))
+    templates = Environment(loader=files, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    templates.filters["number"] = _number
+    templates.filters["plain"] = _plain
+    templates.filters["duration"] = _duration
+    templates.filters["uri"] = lambda image, longest=512: png_data_uri(picture(image, longest=longest))
+    return templates
