@@ -234,8 +234,35 @@ def test_check_says_what_it_would_take(capsys: pytest.CaptureFixture[str]) -> No
     assert "MiB" in out
     assert "s a round" in out
     assert "for 3 rounds" in out
+    assert "all but the gain of the images" in out  # batch norm after a bias-free convolution
+    assert "this attack has none" in out
     assert call("check", *tiny(model_width="1", data_batch="8", data_size="32")) == 0
     assert "too few equations" in capsys.readouterr().out
+
+
+def test_check_as_json_has_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers that the lines have, and whether this attack's total variation is beyond Proposition 1's limit."""
+    few = [
+        "data.batch=2",
+        "data.size=16",
+        "device=cpu",
+        "attack.name=inverting-gradients",
+        "attack.rounds=3",
+        "model.name=lenet",
+    ]
+    options = [option for text in few for option in ("--set", text)]
+    assert call("check", *options, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["unknowns"], found["rounds"], found["distance"], found["device"]) == (1536, 3, "cosine", "cpu")
+    assert found["determined"] == (found["update_size"] >= 1536)
+    assert found["images_told"]
+    assert found["gain_told"] == (found["gain_sensitivity"] >= 0.02)
+    limit, weight = found["total_variation_limit"], found["total_variation"]
+    assert weight == 0.01
+    assert limit > 0
+    for changed, words in ((2 * limit, "is beyond it"), (limit / 2, "is below it")):
+        assert call("check", *options, "--set", f"attack.total_variation={changed!r}") == 0
+        assert words in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ def test_where_no_cell_runs_the_reason_is_an_error(tmp_path: Path, capsys: pytes
     assert "first layer" in rows(tmp_path / "out")["analytic", "none"]["error"]
 
 
-def test_a_missing_grant_and_a_wrong_defence_fail_their_cells_alone(tmp_path: Path) -> None:
+def test_a_defence_that_does_not_go_with_the_protocol_fails_its_cells_alone(tmp_path: Path) -> None:
     """One attack or one defence for all is enough to make a matrix."""
     table = {
         **TABLE,

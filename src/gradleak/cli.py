@@ -117,12 +117,20 @@ def evaluate(
 
 
 @app.command()
-def check(spec: SpecFile = None, *, set_: Set = None) -> None:
+def check(
+    spec: SpecFile = None,
+    *,
+    set_: Set = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of lines for people")] = False,
+) -> None:
     """Before spending hours: can it work at all, and what would it cost? Runs two rounds."""
+    import json
+
     from gradleak.check import check as measure
     from gradleak.spec import load
 
-    for line in measure(load(spec, set_)).lines():
+    found = measure(load(spec, set_))
+    for line in [json.dumps(found.to_dict(), indent=1, allow_nan=False)] if json_ else found.lines():
         typer.echo(line)
 
 
