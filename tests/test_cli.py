@@ -111,7 +111,12 @@ def test_result_has_the_documented_keys(home: Path) -> None:
     assert set(result["cost"]) == {"rounds", "seconds", "seconds_per_round", "peak_memory_mb"}
     assert result["cost"]["rounds"] == 3
     labels = Truth.load(home / "truth.safetensors").labels.tolist()
-    assert result["labels"] == {"rule": "known", "values": labels, "accuracy": 1.0}
+    shares = ("accuracy", "classes_found", "counts_exact", "existence_accuracy", "number_accuracy")
+    assert result["labels"] == {"rule": "known", "values": labels, "classes": 10, **dict.fromkeys(shares, 1.0)}
+    found = result["identification"]
+    assert (found["candidates"], found["chance"]) == (32, 1 / 32)  # the batch, and all that follows it in the source
+    assert all(1 <= rank <= 32 for rank in found["ranks"]["mse"] + found["ranks"]["ssim"])
+    assert result["image_sensitivity"] > 1e-3
     assert {"gradleak", "torch", "python"} <= set(result["versions"])
     assert (result["seed"], result["device"]) == (0, "cpu")
     assert result["command"].startswith("gradleak audit --set device=cpu")
@@ -181,6 +186,41 @@ def test_controls(tmp_path: Path) -> None:
     controls = read(tmp_path / "a")["controls"]
     assert set(controls) == {"random-noise gradient", "mean image"}
     assert all(set(row) >= {"psnr", "ssim", "fsim", "lpips"} for row in controls.values())
+    assert controls["random-noise gradient"]["identification"]["candidates"] == 32
+    # one round rebuilds nothing, and the verdict says so
+    assert "A random-noise gradient does as well" in read(tmp_path / "a")["verdict"]
+
+
+def test_decoys_are_as_many_as_are_asked_for_and_there(tmp_path: Path) -> None:
+    """A setting; at the end of the source the batch alone is left; decoys that cannot be read cost a warning, no run."""
+    candidates = {}
+    for start, asked in (("0", "5"), ("0", "1"), ("30", "9")):
+        folder = tmp_path / f"{start}-{asked}"
+        options = tiny(attack_rounds="1", data_start=start, evaluate_candidates=asked)
+        assert call("audit", *options, "--out", folder, "--quiet") == 0
+        candidates[start, asked] = read(folder)["identification"]["candidates"]
+    assert candidates == {("0", "5"): 5, ("0", "1"): 2, ("30", "9"): 2}
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for i in range(2):
+        Image.fromarray(np.full((16, 16, 3), 80 * i, np.uint8)).save(tmp_path / "images" / "a" / f"{i}.png")
+    (tmp_path / "images" / "a" / "2.png").write_bytes(b"damaged")
+    options = tiny(attack_rounds="1", data_source=f"folder:{tmp_path / 'images'}")
+    assert call("audit", *options, "--out", tmp_path / "damaged", "--quiet") == 0
+    result = read(tmp_path / "damaged")
+    assert result["identification"]["candidates"] == 2
+    assert "2.png" in result["warnings"][0]
+
+
+def test_an_update_that_does_not_depend_on_the_images_is_called_that(own: Path) -> None:
+    """In the verdict, first of an audit, then of an attack on the file without a truth."""
+    (own / "spec.toml").write_text("[data]\nsize = 16\n")
+    options = [option.replace("mine.py:build", "mine.py:dead") for option in own_options(attack_rounds="1")]
+    assert call("audit", "spec.toml", *options, "--out", "audit", "--quiet") == 0
+    assert "does not depend on the images" in read(own / "audit")["verdict"]
+    assert call("capture", "spec.toml", *options, "--out", "u.safetensors") == 0
+    few = ["--set", "attack.rounds=1", "--set", "attack.channels=8", "--set", "device=cpu", "--quiet"]
+    assert call("invert", "u.safetensors", "--model", "mine.py:dead", *few, "--out", "run") == 0
+    assert "does not depend on the images" in read(own / "run")["verdict"]
 
 
 def test_check_says_what_it_would_take(capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,8 +234,35 @@ def test_check_says_what_it_would_take(capsys: pytest.CaptureFixture[str]) -> No
     assert "MiB" in out
     assert "s a round" in out
     assert "for 3 rounds" in out
+    assert "all but the gain of the images" in out  # batch norm after a bias-free convolution
+    assert "this attack has none" in out
     assert call("check", *tiny(model_width="1", data_batch="8", data_size="32")) == 0
     assert "too few equations" in capsys.readouterr().out
+
+
+def test_check_as_json_has_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers that the lines have, and whether this attack's total variation is beyond Proposition 1's limit."""
+    few = [
+        "data.batch=2",
+        "data.size=16",
+        "device=cpu",
+        "attack.name=inverting-gradients",
+        "attack.rounds=3",
+        "model.name=lenet",
+    ]
+    options = [option for text in few for option in ("--set", text)]
+    assert call("check", *options, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["unknowns"], found["rounds"], found["distance"], found["device"]) == (1536, 3, "cosine", "cpu")
+    assert found["determined"] == (found["update_size"] >= 1536)
+    assert found["images_told"]
+    assert found["gain_told"] == (found["gain_sensitivity"] >= 0.02)
+    limit, weight = found["total_variation_limit"], found["total_variation"]
+    assert weight == 0.01
+    assert limit > 0
+    for changed, words in ((2 * limit, "is beyond it"), (limit / 2, "is below it")):
+        assert call("check", *options, "--set", f"attack.total_variation={changed!r}") == 0
+        assert words in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -462,6 +529,12 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(features, 5))\n"
         "def frozen(image_shape):\n"
         "    return build(image_shape).requires_grad_(False)\n"
+        "def dead(image_shape):\n"
+        "    model = build(image_shape)\n"
+        "    features = model[1].in_features\n"
+        "    first = torch.nn.Linear(features, 4)\n"
+        "    torch.nn.init.constant_(first.bias, -1e6)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), first, torch.nn.ReLU(), torch.nn.Linear(4, 5))\n"
         "def loss(output, labels):\n"
         "    return torch.nn.functional.cross_entropy(output, labels, label_smoothing=0.1)\n"
     )

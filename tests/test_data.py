@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gradleak.data import available, load
+from gradleak.data import available, following, load
 from gradleak.errors import DataError
 from gradleak.observation import Truth
 from gradleak.spec import DataSpec
@@ -238,3 +238,11 @@ def test_imagenet_photographs(shared: Path) -> None:
     truth = load(DataSpec(source=f"folder:{shared / 'data' / 'imagenet40'}", batch=2, start=1, size=64))
     check(truth, 2, 3, 64)
     assert truth.labels.tolist() == [20, 43]
+
+
+def test_following_images_are_those_after_the_batch() -> None:
+    """As many as asked for, fewer at the end of the source, none beyond it."""
+    spec = DataSpec(source="sample", batch=3, start=20, size=16)
+    assert torch.equal(following(spec, 4), load(DataSpec(source="sample", batch=4, start=23, size=16)).images)
+    assert torch.equal(following(spec, 100), load(DataSpec(source="sample", batch=9, start=23, size=16)).images)
+    assert len(following(DataSpec(source="sample", batch=2, start=30, size=16), 5)) == 0

@@ -22,9 +22,12 @@ from gradleak.evaluate import (
     RECOGNISABLE_SSIM,
     Evaluation,
     evaluate,
+    identify,
+    label_scores,
     mean_image_control,
     quality_over_rounds,
     recognisable,
+    remark,
     verdict,
 )
 from gradleak.matching import assign, many_to_one
@@ -225,6 +228,98 @@ def test_quality_over_rounds_is_evaluate_per_snapshot(truth: Truth, reconstructi
         quality_over_rounds(snapshots.index_fill(0, torch.tensor(1), math.nan), truth)
     with pytest.raises(DataError, match="snapshots have shape"):
         quality_over_rounds(truth.images, truth)
+
+
+def test_good_reconstructions_are_identified_among_decoys_and_noise_is_not(truth: Truth) -> None:
+    """Every true image is the nearest of all; noise is nearest to the same image whatever it should be."""
+    decoys = 1 - truth.images
+    found = identify(truth.images.flip(0) + 0.05 * noise_like(truth.images), truth, decoys=decoys)
+    assert (found.candidates, found.chance) == (16, 1 / 16)
+    assert found.ranks == {"mse": [1] * 8, "ssim": [1] * 8}
+    assert found.rate == {"mse": 1.0, "ssim": 1.0}
+    lost = identify(noise_like(truth.images), truth, decoys=decoys)
+    assert lost.rate["mse"] is not None
+    assert lost.rate["mse"] <= 2 / 8
+
+
+@given(batch=st.integers(1, 5), others=st.integers(0, 6), seed=st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_ranks_are_those_of_an_explicit_loop(batch: int, others: int, seed: int) -> None:
+    """By squared error; what is nearer than the true image counts, in the batch or not; decoys never help."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y, decoys = (torch.rand(n, 1, 4, 4, generator=generator) for n in (batch, batch, others))
+    truth = Truth(y, torch.zeros(batch, dtype=torch.int64))
+    found, alone = identify(x, truth, decoys=decoys), identify(x, truth)
+    order, candidates = assign(x, y), [*y, *decoys]
+    assert found.ranks["ssim"] is None  # smaller than its window
+    assert found.candidates == len(candidates)
+    for i in range(batch):
+        errors = [float((x[order[i]].double() - c.double()).square().mean()) for c in candidates]
+        assert found.ranks["mse"] is not None
+        assert found.ranks["mse"][i] == 1 + sum(error < errors[i] for error in errors)
+    assert found.rate["mse"] is not None
+    assert alone.rate["mse"] is not None
+    assert found.rate["mse"] <= alone.rate["mse"]
+
+
+def test_a_copy_among_the_decoys_does_not_hide_an_image(truth: Truth) -> None:
+    assert identify(truth.images, truth, decoys=truth.images).rate == {"mse": 1.0, "ssim": 1.0}
+    with pytest.raises(DataError, match="decoys"):
+        identify(truth.images, truth, decoys=truth.images[:, :, :16])
+
+
+@given(
+    there=st.lists(st.integers(0, 6), min_size=1, max_size=12),
+    seed=st.integers(0, 2**31),
+    classes=st.integers(7, 20),
+)
+@settings(max_examples=50, deadline=None)
+def test_label_scores_are_shares_of_counts(there: list[int], seed: int, classes: int) -> None:
+    """Against their definitions in plain Python; right labels in any order are perfect by all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.tensor(there)
+    guess = torch.randint(7, (len(labels),), generator=generator)
+    n, m = ([values.tolist().count(k) for k in range(classes)] for values in (labels, guess))
+    scores = label_scores(guess, labels, classes=classes)
+    present, named = [k for k in range(classes) if n[k]], [k for k in range(classes) if n[k] or m[k]]
+    assert scores == pytest.approx(
+        {
+            "accuracy": sum(map(min, n, m)) / len(labels),
+            "classes_found": sum(m[k] > 0 for k in present) / len(present),
+            "counts_exact": sum(m[k] == n[k] for k in named) / len(named),
+            "existence_accuracy": sum((m[k] > 0) == (n[k] > 0) for k in range(classes)) / classes,
+            "number_accuracy": sum(m[k] == n[k] for k in range(classes)) / classes,
+        }
+    )
+    right = label_scores(labels[torch.randperm(len(labels), generator=generator)], labels)
+    assert right == {"accuracy": 1.0, "classes_found": 1.0, "counts_exact": 1.0}
+
+
+def test_absent_classes_make_published_accuracies_of_labels_flattering() -> None:
+    """All wrong, and yet 98 of 100 classes are right."""
+    scores = label_scores(torch.tensor([1]), torch.tensor([0]), classes=100)
+    assert (scores["accuracy"], scores["classes_found"], scores["counts_exact"]) == (0, 0, 0)
+    assert (scores["existence_accuracy"], scores["number_accuracy"]) == (0.98, 0.98)
+
+
+@pytest.mark.parametrize(
+    ("ssim", "noise", "doubted"),
+    [(0.9, 0.2, False), (0.31, 0.21, False), (0.30, 0.21, True), (0.1, 0.4, True), (0.4, 0.4, True)],
+)
+def test_images_that_noise_gives_as_well_are_doubted(ssim: float, noise: float, doubted: bool) -> None:
+    """The sentence has both means and the difference that is asked for."""
+    sentence = remark(ssim, {"random-noise gradient": {"ssim": {"mean": noise}}, "mean image": {"ssim": {"mean": 1.0}}})
+    assert bool(sentence) is doubted
+    if doubted:
+        assert "do not come from the gradient" in sentence
+        assert all(f"{number:.2f}" in sentence for number in (ssim, noise, 0.1))
+
+
+def test_without_a_control_nothing_is_doubted_but_an_update_blind_to_the_images() -> None:
+    assert remark(0.1) == remark(None, {}) == remark(0.1, {"mean image": {"ssim": {"mean": 0.4}}}) == ""
+    assert remark(0.1, {"random-noise gradient": {"ssim": {"mean": None}}}, image_sensitivity=0.5) == ""
+    assert "does not depend on the images" in remark(0.9, image_sensitivity=0.0)
+    assert "does not depend on the images" in remark(None, image_sensitivity=1e-8)
 
 
 def test_mean_image_is_the_best_single_guess(truth: Truth) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -26,6 +28,9 @@ from gradleak.vjp import SelfChecking, exact, secant
 NORMS = {"batch": nn.BatchNorm2d, "group": lambda n: nn.GroupNorm(2, n), "none": lambda n: nn.Identity()}
 #: epochs, batch size, momentum
 LOCAL = [(1, None, 0.0), (3, None, 0.0), (1, 2, 0.0), (2, 2, 0.9), (2, 3, 0.5)]
+
+
+seeds = st.integers(0, 2**31)
 
 
 @pytest.fixture(autouse=True)
@@ -194,6 +199,37 @@ def test_average_is_the_weighted_mean_of_its_clients(norm: str) -> None:
     else:
         close(found, union)
     assert same(Average(client, sizes=[5])(x, y), union)
+
+
+@given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=5), norm=st.sampled_from(["none", "group", "batch"]), seed=seeds)
+@settings(max_examples=40, deadline=None)
+def test_secure_aggregation_shows_the_gradient_of_the_union(sizes: list[int], norm: str, seed: int) -> None:
+    """C.3 of the CI-Net paper, against autograd on the caller's model: weights by sample count, whatever the shares.
+
+    A batch norm in eval mode does not couple images, so it makes no difference either.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(sum(sizes), 3, 6, 6, dtype=torch.float64, generator=generator)
+    y = torch.randint(4, (sum(sizes),), generator=generator)
+    model = network(norm)
+    spec = ClientSpec(protocol="average", clients=sizes, mode="eval" if norm == "batch" else "train")
+    found = build_client(model, spec, len(x))(x, y)
+    loss = cross_entropy(model.eval()(x) if norm == "batch" else model(x), y)
+    parameters = dict(model.named_parameters())
+    union = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+    close(found, union, rtol=1e-8, atol=1e-12)
+
+
+@given(sizes=st.lists(st.integers(1, 4), min_size=2, max_size=4), seed=seeds)
+@settings(max_examples=20, deadline=None)
+def test_with_batch_statistics_it_does_not(sizes: list[int], seed: int) -> None:
+    """In train mode each client normalises by its own images: the aggregate is another gradient than the union's."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(sum(sizes), 3, 6, 6, dtype=torch.float64, generator=generator)
+    y = torch.randint(4, (sum(sizes),), generator=generator)
+    client = FedSGD(network("batch"))
+    found, union = Average(client, sizes=sizes)(x, y), client(x, y)
+    assert relative_error(found["0.weight"], union["0.weight"]) > 1e-3
 
 
 def test_the_transpose_of_an_average_is_that_of_the_union() -> None:

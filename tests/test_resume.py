@@ -263,5 +263,5 @@ def test_an_update_that_does_not_depend_on_the_images_is_called_that(tmp_path: P
     own = {"model.name": "models.py:build", "model.activation": "model", "attack.rounds": "2"}
     assert call("audit", "--out", tmp_path / "run", **own) == 0
     result = read(tmp_path / "run")
-    assert result["verdict"].startswith("The update does not depend on the images (sensitivity 0e+00)")
+    assert "The update does not depend on the images" in result["verdict"]
     assert "The update does not depend on the images" in (tmp_path / "run" / "report.html").read_text()

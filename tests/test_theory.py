@@ -6,14 +6,19 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from gradleak.client import FedSGD
+from gradleak.attacks import attack
+from gradleak.client import FedSGD, simulate
 from gradleak.data import load
 from gradleak.distance import DistanceName
 from gradleak.errors import DataError
-from gradleak.invariance import gain_sensitivity
+from gradleak.invariance import gain_sensitivity, image_sensitivity
+from gradleak.invert import invert
+from gradleak.labels import recover
 from gradleak.prior import total_variation
 from gradleak.spec import DataSpec
 from gradleak.theory import (
@@ -99,6 +104,42 @@ def test_the_limit_of_any_candidate_and_of_none(photographs: Tensor) -> None:
         total_variation_limit(client, photographs, LABELS, candidate=photographs[:1])
 
 
+@given(seed=st.integers(0, 2**31), images=st.integers(1, 3), size=st.integers(3, 6), contrast=st.floats(0.05, 1))
+@settings(max_examples=25, deadline=None)
+def test_the_limit_holds_for_any_network_and_batch(seed: int, images: int, size: int, contrast: float) -> None:
+    """Proposition 1 on random networks and images: the ranking of blank and truth turns over at the limit and nowhere else."""
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(3 * size * size, 4)]
+    client = FedSGD(nn.Sequential(*layers).double())
+    truth, labels = contrast * torch.rand(images, 2, size, size, dtype=torch.float64), torch.randint(4, (images,))
+    blank = truth.mean(dim=(0, 2, 3), keepdim=True).expand_as(truth)
+    limit, observed = total_variation_limit(client, truth, labels), client(truth, labels)
+    for share in (0.0, 0.5, 0.99, 1.01, 2.0, 100.0):
+        penalised = [
+            matching_loss(client, x, labels, observed) + share * limit * float(total_variation(x)) for x in (truth, blank)
+        ]
+        assert (penalised[1] < penalised[0]) is (share > 1)
+
+
+def test_an_attack_beyond_the_limit_ends_at_a_blank_image_and_one_below_it_does_not() -> None:
+    """What the ranking means for a search: the same attack, weights far beyond and far below lambda.
+
+    Nearly blank: of its iterates an attack returns the one that matches best, and signed steps never come to rest.
+    """
+    truth = load(DataSpec(source="sample", batch=1, size=8))
+    client = network(0).to("cpu", torch.float32)
+    observation = simulate(client, truth)
+    limit = total_variation_limit(client, truth.images, truth.labels, distance="cosine")
+    smooth, close = {}, {}
+    for share in (100, 0.01):
+        recipe = attack("inverting-gradients", rounds=150, learning_rate=0.05, snapshots=0, total_variation=share * limit)
+        rebuilt = invert(observation, recipe, client=client, labels=recover("known", observation, client), progress=False)
+        smooth[share] = float(total_variation(rebuilt.images) / total_variation(truth.images))
+        close[share] = rebuilt.matching_loss
+    assert smooth[100] < 0.3 < 0.7 < smooth[0.01]
+    assert close[0.01] < 0.1 * close[100]
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("samples", "classes"), [(1, 4), (3, 4), (7, 3)])
 def test_a_linear_classifiers_gradient_is_its_samples_times_the_residual(seed: int, samples: int, classes: int) -> None:
@@ -119,6 +160,27 @@ def test_one_sample_is_told_up_to_scale_by_every_column(seed: int) -> None:
     gradient = linear_gradient(x, y, w)
     cosines = (gradient * x).sum(0) / (gradient.norm(dim=0) * x.norm())
     torch.testing.assert_close(cosines.abs(), torch.ones(5, dtype=torch.float64))
+
+
+@given(seed=st.integers(0, 2**31), samples=st.integers(1, 4), outputs=st.integers(2, 9), bias=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_the_gradient_of_any_linear_layer_is_spanned_by_its_inputs(seed: int, samples: int, outputs: int, bias: bool) -> None:
+    """Proposition 2 beyond a classifier: a first and an inner layer, with and without a bias, any loss after them.
+
+    With one sample and a bias each row of the weight's gradient over its entry of the bias's is that sample, scale included.
+    """
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, outputs, bias=bias), nn.Tanh(), nn.Linear(outputs, 5, bias=bias)).double()
+    x, y = torch.rand(samples, 12, 1, 1, dtype=torch.float64), torch.randint(5, (samples,))
+    update = FedSGD(model)(x, y)
+    with torch.no_grad():
+        inputs = {"1": x.flatten(1), "3": model[:3](x)}
+    for layer, entered in inputs.items():
+        gradient = update[f"{layer}.weight"]
+        assert column_space_residual(gradient.T, entered.T) < 1e-7
+        if samples == 1 and bias:
+            rows = gradient / update[f"{layer}.bias"][:, None]
+            torch.testing.assert_close(rows, entered.expand_as(rows), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -187,6 +249,14 @@ def test_with_too_few_equations_some_change_of_the_images_is_not_told(seed: int)
     told = torch.linalg.svd(derivative)[2][0].reshape(x.shape)
     changes = [float((update(x + 1e-3 * v) - update(x)).norm()) for v in (untold, told)]
     assert changes[0] < 1e-2 * changes[1]
+
+
+def test_an_update_that_does_not_depend_on_the_images_is_seen() -> None:
+    """Dead units before the last layer leave its bias's gradient alone, whatever the images; live ones do not."""
+    alive, dead = network(0), network(0)
+    dead.weights["0.bias"].fill_(-1e4)
+    assert image_sensitivity(dead, LABELS, (3, 8, 8)) == 0
+    assert image_sensitivity(alive, LABELS, (3, 8, 8)) > 1e-2
 
 
 def test_batch_statistics_hide_the_gain() -> None:

@@ -16,6 +16,7 @@ from gradleak.errors import GradleakError
 from gradleak.evaluate import Evaluation, evaluate
 from gradleak.invert import Reconstruction, invert
 from gradleak.labels import Labels, recover
+from gradleak.matrix import audit_matrix
 from gradleak.models import build as build_model
 from gradleak.observation import Observation, Truth, Update
 from gradleak.run import audit
@@ -46,6 +47,7 @@ __all__ = [
     "Update",
     "attack",
     "audit",
+    "audit_matrix",
     "build_client",
     "build_model",
     "evaluate",

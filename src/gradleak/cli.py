@@ -46,20 +46,25 @@ def audit(
     memory_limit: MemoryLimit = None,
     quiet: Quiet = False,
 ) -> None:
-    """Simulate a client, attack its update, evaluate, report.
+    """Simulate a client, attack its update, evaluate, report; each pair of them with [matrix] in the specification.
 
     Ctrl-C or SIGTERM finishes the round, saves the state and writes a partial report; `--resume` goes on from there, also
     after a crash. With --resume and neither a specification nor --set, the folder's own spec.toml is used.
     """
-    from gradleak import run
+    from gradleak import matrix, run
     from gradleak.spec import load
 
     _only_one(force=force, resume=resume)
     if resume and spec is None and not set_ and (out / "spec.toml").is_file():
         spec = out / "spec.toml"
-    result = run.audit(
-        load(spec, _limited(set_, memory_limit)), out, force=force, resume=resume, progress=not quiet, command=_command()
-    )
+    loaded = load(spec, _limited(set_, memory_limit))
+    if loaded.matrix.given:
+        found = matrix.audit_matrix(loaded, out, force=force, resume=resume, progress=not quiet, command=_command())
+        for line in matrix.lines(found):
+            typer.echo(line)
+        _print_report(out, found)
+        return
+    result = run.audit(loaded, out, force=force, resume=resume, progress=not quiet, command=_command())
     _print_result(result, out)
 
 
@@ -136,12 +141,20 @@ def evaluate(
 
 
 @app.command()
-def check(spec: SpecFile = None, *, set_: Set = None) -> None:
+def check(
+    spec: SpecFile = None,
+    *,
+    set_: Set = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of lines for people")] = False,
+) -> None:
     """Before spending hours: can it work at all, and what would it cost? Runs two rounds."""
+    import json
+
     from gradleak.check import check as measure
     from gradleak.spec import load
 
-    for line in measure(load(spec, set_)).lines():
+    found = measure(load(spec, set_))
+    for line in [json.dumps(found.to_dict(), indent=1, allow_nan=False)] if json_ else found.lines():
         typer.echo(line)
 
 
@@ -227,10 +240,26 @@ def _print_result(result: dict[str, Any], folder: Path) -> None:
     for name, row in result.get("metrics", {}).items():
         if name != "mse" and row["mean"] is not None:
             typer.echo(f"  {name:5}  mean {row['mean']:.3f}  median {row['median']:.3f}  worst {row['worst']:.3f}")
+    found = result.get("identification")
+    if found and found["candidates"] > 1:
+        typer.echo(
+            f"  identified: {100 * found['rate']['mse']:.4g} % of the true images are the nearest of "
+            f"{found['candidates']} candidates (a guess: {100 * found['chance']:.2g} %)"
+        )
+    labels = result["labels"]
+    if labels["rule"] != "known" and labels.get("accuracy") is not None:
+        typer.echo(
+            f"  labels by {labels['rule']}: {100 * labels['accuracy']:.4g} % right, {100 * labels['classes_found']:.4g} % of "
+            f"the classes found, {100 * labels['counts_exact']:.4g} % of the counts exact"
+        )
     for name, note in result.get("notes", {}).items():
         typer.echo(f"  {name:5}  not computed: {note}")
     cost = result["cost"]
     typer.echo(f"  {cost['rounds']} rounds in {cost['seconds']:.0f} s; matching loss {result['matching_loss']:.2e}")
+    _print_report(folder, result)
+
+
+def _print_report(folder: Path, result: dict[str, Any]) -> None:
     typer.echo(f"report: {(folder / 'report.html').resolve()}")
     typer.echo("It shows private images: keep the folder to yourself.")
     if result.get("partial"):

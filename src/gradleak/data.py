@@ -118,6 +118,31 @@ def load(spec: DataSpec) -> Truth:
     raise DataError(f"unknown data.source {spec.source!r}{nearest(spec.source, available())}")
 
 
+def following(spec: DataSpec, count: int) -> Tensor:
+    """The ``count`` images of a source that follow the batch, or as many as there are: decoys for an evaluation.
+
+    Returns:
+        M x C x H x W, float32 in [0, 1]; M is 0 at the end of the source.
+
+    Raises:
+        DataError: As :func:`load`, but for there being fewer images.
+    """
+    start = spec.start + spec.batch
+    try:
+        return load(spec.model_copy(update={"start": start, "batch": max(1, count)})).images[:count]
+    except _TooFewError as error:
+        left = error.there - start
+        return load(spec.model_copy(update={"start": start, "batch": left})).images if left > 0 else torch.empty(0)
+
+
+class _TooFewError(DataError):
+    """The source ends before the batch does."""
+
+    def __init__(self, message: str, *, there: int) -> None:
+        super().__init__(message)
+        self.there = there
+
+
 def _sample(spec: DataSpec) -> Truth:
     files = list(PHOTOGRAPHS)
     # the first crop of every photograph, then the second of every photograph, ...
@@ -241,7 +266,8 @@ def _read_rows(
 def _rows(spec: DataSpec, count: int) -> range:
     stop = spec.start + spec.batch
     if stop > count:
-        raise DataError(f"{spec.source} has {count} images; data.start + data.batch = {stop} must not exceed that")
+        message = f"{spec.source} has {count} images; data.start + data.batch = {stop} must not exceed that"
+        raise _TooFewError(message, there=count)
     return range(spec.start, stop)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,17 @@ from gradleak.observation import Truth
 #: An image counts as recognisable from this SSIM on. A convention that makes one sentence possible, not a finding:
 #: people recognise some images below it, and not every detail above it. Report the SSIM beside it.
 RECOGNISABLE_SSIM = 0.60
+
+#: An attack's mean SSIM must be this much above that of the random-noise gradient, or its images may be its prior's alone.
+#: A convention as well: means over a batch differ by about .05 from seed to seed.
+CLEARLY_ABOVE_SSIM = 0.10
+
+#: Below this relative change of the update between two batches of random images it does not depend on the images
+#: (:func:`gradleak.invariance.image_sensitivity`): what is left is round-off.
+IMAGE_BLIND = 1e-6
+
+#: Values (reconstructions x candidates x C x H x W) up to which candidates are also ranked by SSIM: some seconds.
+MAX_RANKED_VALUES = 2**25
 
 #: Metrics that grow with the error; the others fall.
 DISTANCES = ("lpips", "mse")
@@ -125,6 +136,125 @@ def mean_image_control(truth: Truth, *, lpips: str = "auto") -> Evaluation:
     return evaluate(images.mean(dim=0).expand_as(images), truth, lpips=lpips)
 
 
+@dataclass(frozen=True)
+class Identification:
+    """Whether the true image is the nearest among N candidates.
+
+    Attributes:
+        candidates: N, the originals and the decoys.
+        ranks: Metric (``mse``, ``ssim``) -> the rank of each original among the candidates, in the order of the truth: 1 plus
+            the number of candidates that are strictly nearer to its reconstruction. ``None`` where it is not computed.
+        rate: Metric -> the share of originals of rank 1.
+        chance: 1 / N, the rate of a guess that knows nothing.
+    """
+
+    candidates: int
+    ranks: dict[str, list[int] | None]
+    rate: dict[str, float | None]
+    chance: float
+
+
+def identify(images: Tensor, truth: Truth, *, decoys: Tensor | None = None) -> Identification:
+    r"""The identification rate: :math:`\frac1B \, |\{i : \mathrm{rank}_i = 1\}|` after the one-to-one assignment.
+
+    .. math:: \mathrm{rank}_i = 1 + |\{c : d(x_{\pi(i)}, c) < d(x_{\pi(i)}, x^*_i)\}|, \qquad
+              c \in \{x^*_1, \dots, x^*_B\} \cup \text{decoys}
+
+    with d the mean squared error of the clamped images, nothing subtracted, or 1 - SSIM. A copy of the original among the
+    candidates does not count against it. The assignment has looked at the originals, so reconstructions that know nothing
+    can come out above 1 / N among the originals; they do not against decoys.
+
+    Args:
+        images: The reconstruction, B x C x H x W, finite.
+        truth: The client's batch, in [0, 1].
+        decoys: Other images that the client might have had, M x C x H x W in [0, 1]; none of them reached the attack.
+
+    Raises:
+        DataError: As :func:`evaluate`, or decoys of another size or range.
+    """
+    x, y = _reconstruction(images, truth), _originals(truth)
+    x = x[assign(x, y)]
+    others = y[:0] if decoys is None else decoys.detach().to("cpu", torch.float32)
+    if others.shape[1:] != y.shape[1:]:
+        raise DataError(f"the decoys have shape {tuple(others.shape)}, the truth {tuple(y.shape)}; expected images of one size")
+    candidates = torch.cat([y, others])
+    ranks: dict[str, list[int] | None] = {"mse": _ranks(metrics.mse, x, candidates), "ssim": None}
+    if len(x) * candidates.numel() <= MAX_RANKED_VALUES and min(y.shape[2:]) >= metrics.SSIM_WINDOW:
+        ranks["ssim"] = _ranks(lambda a, b: -metrics.ssim(a, b), x, candidates)
+    return Identification(
+        candidates=len(candidates),
+        ranks=ranks,
+        rate={name: None if rank is None else rank.count(1) / len(rank) for name, rank in ranks.items()},
+        chance=1 / len(candidates),
+    )
+
+
+def label_scores(recovered: Tensor, truth: Tensor, *, classes: int | None = None) -> dict[str, float]:
+    r"""How many labels an attack used are right; labels have no order, so they are compared as counts.
+
+    With :math:`n_k` images of class k in the batch and :math:`\hat n_k` recovered ones,
+
+    - ``accuracy``: :math:`\sum_k \min(n_k, \hat n_k) / B`, the share of labels recovered (IRec in the code of iLRG),
+    - ``classes_found``: of the classes with :math:`n_k > 0`, the share with :math:`\hat n_k > 0`,
+    - ``counts_exact``: of the classes with :math:`n_k > 0` or :math:`\hat n_k > 0`, the share with :math:`\hat n_k = n_k`;
+
+    and over all K classes, most of which may be absent and easily right (Ma et al. 2023, for comparison with them),
+
+    - ``existence_accuracy``, LeAcc: the share of classes with :math:`[\hat n_k > 0] = [n_k > 0]`,
+    - ``number_accuracy``, LnAcc: the share with :math:`\hat n_k = n_k`.
+
+    Args:
+        recovered: B labels, in any order.
+        truth: B labels, in any order.
+        classes: K; None: the last two are left out.
+
+    Returns:
+        Name -> a share in [0, 1].
+    """
+    length = 1 + max(int(recovered.max()), int(truth.max()), (classes or 0) - 1)
+    found, there = (torch.bincount(labels.cpu(), minlength=length) for labels in (recovered, truth))
+    named = (found > 0) | (there > 0)
+    scores = {
+        "accuracy": float(torch.minimum(found, there).sum() / len(truth)),
+        "classes_found": float((found[there > 0] > 0).double().mean()),
+        "counts_exact": float((found == there)[named].double().mean()),
+    }
+    if classes is not None:
+        scores["existence_accuracy"] = float(((found > 0) == (there > 0)).double().mean())
+        scores["number_accuracy"] = float((found == there).double().mean())
+    return scores
+
+
+def remark(
+    mean_ssim: float | None,
+    controls: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    image_sensitivity: float | None = None,
+    margin_ssim: float = CLEARLY_ABOVE_SSIM,
+) -> str:
+    """What a verdict must add where the images need not come from the update; ``""`` where they seem to.
+
+    Args:
+        mean_ssim: The attack's.
+        controls: Control -> metric -> ``mean``, as result.json has them; ``random-noise gradient`` is the one that counts.
+        image_sensitivity: How much the update changes with the images (:func:`gradleak.invariance.image_sensitivity`).
+        margin_ssim: By how much the attack's mean SSIM must exceed the control's.
+    """
+    if image_sensitivity is not None and image_sensitivity < IMAGE_BLIND:
+        return (
+            f"The update does not depend on the images (relative change {image_sensitivity:.1e} from one random batch to "
+            "another): nothing that is shown comes from them."
+        )
+    noise = ((controls or {}).get("random-noise gradient") or {}).get("ssim") or {}
+    without = noise.get("mean")
+    if mean_ssim is None or without is None or mean_ssim >= without + margin_ssim:
+        return ""
+    return (
+        f"A random-noise gradient does as well (mean SSIM {without:.2f}, this update {mean_ssim:.2f}; a difference of "
+        f"{margin_ssim:.2f} is asked for): the images do not come from the gradient but from the attack's prior."
+    )
+
+
 def recognisable(evaluation: Evaluation, *, threshold_ssim: float = RECOGNISABLE_SSIM) -> int | None:
     """How many images reach the SSIM of :data:`RECOGNISABLE_SSIM`; ``None`` where SSIM cannot be computed."""
     scores = _ssim(evaluation)
@@ -190,6 +320,15 @@ def _score(x: Tensor, y: Tensor, lpips: str) -> tuple[dict[str, list[float | Non
             per_image[name] = [None] * len(y)
             notes[name] = str(reason)
     return per_image, notes
+
+
+def _ranks(distance: Callable[[Tensor, Tensor], Tensor], x: Tensor, candidates: Tensor) -> list[int]:
+    """The rank of ``candidates[i]`` by its distance to ``x[i]``."""
+    ranks = []
+    for i, image in enumerate(x):
+        distances = torch.cat([distance(image.expand_as(part), part) for part in candidates.split(64)])
+        ranks.append(1 + int((distances < distances[i]).sum()))
+    return ranks
 
 
 def _summary(name: str, values: list[float | None]) -> dict[str, float | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 
+import torch
 from torch import Tensor
 
 from gradleak.protocols import ClientOperator
@@ -44,24 +45,28 @@ def gain_sensitivity(client: ClientOperator, images: Tensor, labels: Tensor, *, 
     return statistics.median(changes) / (1 - gain) if changes else 0.0
 
 
-def image_sensitivity(client: ClientOperator, first: Tensor, second: Tensor, labels: Tensor) -> float:
-    r"""Relative change of the update between two batches that have nothing in common, of the tensor that changes most.
+def image_sensitivity(client: ClientOperator, labels: Tensor, image_shape: tuple[int, int, int]) -> float:
+    r"""Relative change of the update from one batch of random images to another, the largest over its tensors.
 
-    .. math:: \max_k \; \|A_k(x_2) - A_k(x_1)\| \,/\, \|A_k(x_1)\|
+    .. math:: \max_k \; 2 \, \|A_k(x) - A_k(x')\| \,/\, \big(\|A_k(x)\| + \|A_k(x')\|\big)
+
+    Zero for an F whose activations are all dead, say: such an update tells nothing of the images.
 
     Args:
         client: The operator A.
-        first, second: x_1, x_2, B x C x H x W.
-        labels: B.
+        labels: B, those of the attack.
+        image_shape: (C, H, W).
 
     Returns:
-        About 0 where no tensor of the update depends on the images: nothing can be rebuilt from it.
+        In [0, 2]; round-off where the update does not depend on the images.
     """
-    before, after = client(first, labels), client(second, labels)
-    largest = max(float(t.norm()) for t in before.values())
-    # tensors that are round-off beside the others change at random
-    norms = {name: float(t.norm()) for name, t in before.items() if float(t.norm()) > 1e-6 * largest}
-    return max((float((after[name] - before[name]).norm()) / norm for name, norm in norms.items()), default=0.0)
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.rand(len(labels), *image_shape, generator=generator) for _ in range(2))
+    weight = next(iter(client.weights.values()))
+    labels = labels.to(weight.device)
+    first, second = client(one.to(weight), labels), client(other.to(weight), labels)
+    sizes = {name: float(t.norm() + second[name].norm()) for name, t in first.items()}
+    return max((2 * float((second[n] - first[n]).norm()) / size for n, size in sizes.items() if size > 0), default=0.0)
 
 
 def hold_gain(images: Tensor, cotangent: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from gradleak.checkpoint import Checkpoint, digest
 from gradleak.client import ClientOperator
 from gradleak.distance import DISTANCES
 from gradleak.errors import CheckpointError, DivergedError, MemoryLimitError
-from gradleak.invariance import bright_gain, gain_sensitivity, hold_gain, image_sensitivity
+from gradleak.invariance import bright_gain, gain_sensitivity, hold_gain
 from gradleak.labels import Labels
 from gradleak.memory import fit, is_out_of_memory
 from gradleak.observation import Observation
@@ -115,7 +115,7 @@ def invert(
     device = next(iter(client.weights.values())).device
     client, y = client.to(device, dtype), labels.values.to(device)
     generator = torch.Generator().manual_seed(0)
-    probes = torch.rand(2, observation.batch, *observation.image_shape, generator=generator).to(device, dtype)
+    probe = torch.rand(observation.batch, *observation.image_shape, generator=generator).to(device, dtype)
     observed = {name: observation.update[name].to(device, dtype) for name in client.weights}
     run = _fingerprint(client, observed, attack, labels, seed) if checkpoint is not None else ""
     problem = Problem(
@@ -124,8 +124,7 @@ def invert(
         # in the client's order, not the file's: sums over tensors then give the same last bit
         observed=observed,
         labels=y,
-        gain_sensitivity=gain_sensitivity(client, probes[0], y),
-        image_sensitivity=image_sensitivity(client, probes[0], probes[1], y),
+        gain_sensitivity=gain_sensitivity(client, probe, y),
     )
     start = time.perf_counter()
     images = attack.closed_form(problem)
@@ -218,7 +217,6 @@ def _without_loop(problem: Problem, attack: Attack, labels: Labels, images: Tens
         notes={
             **attack.describe(problem, nn.Identity()),
             "gain_check": {"sensitivity": problem.gain_sensitivity, "applied": 1.0},
-            "image_sensitivity": problem.image_sensitivity,
         },
     )
 
@@ -318,7 +316,6 @@ class _Loop:
         if gain != 1 and self._loss(gain * best.images, best.labels) > 1.5 * best.loss:
             gain = 1.0  # the update has the last word
         notes["gain_check"] = {"sensitivity": self.problem.gain_sensitivity, "applied": gain}
-        notes["image_sensitivity"] = self.problem.image_sensitivity
         if isinstance(self.engine, SelfChecking):
             notes["engine_check"] = {
                 "in_use": "secant" if self.engine.trusted else "exact",

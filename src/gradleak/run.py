@@ -21,15 +21,25 @@ from torch import Tensor, nn
 
 from gradleak import data, models
 from gradleak.attacks import Attack, attack
-from gradleak.attacks.recipe import GAIN_BLIND, IMAGE_BLIND
+from gradleak.attacks.recipe import GAIN_BLIND
 from gradleak.checkpoint import Checkpoint
 from gradleak.client import ClientOperator, Cost, build_client, defence_costs, operator, simulate
 from gradleak.defences import DPSGD, visible_mask
 from gradleak.defences import parse as defences_of
-from gradleak.errors import DivergedError, ModelError, ObservationError, OutputError, SpecError
-from gradleak.evaluate import Evaluation, evaluate, mean_image_control, quality_over_rounds, verdict
+from gradleak.errors import DataError, DivergedError, ModelError, ObservationError, OutputError, SpecError
+from gradleak.evaluate import (
+    Evaluation,
+    evaluate,
+    identify,
+    label_scores,
+    mean_image_control,
+    quality_over_rounds,
+    remark,
+    verdict,
+)
 from gradleak.files import write_atomically
 from gradleak.folder import CHECKPOINT, CONTROL, LOG, RECONSTRUCTION, RESULT, SPEC, check_folder, lock_folder, open_folder
+from gradleak.invariance import image_sensitivity
 from gradleak.invert import Reconstruction, invert, noise_update
 from gradleak.labels import recover
 from gradleak.metrics import load_lpips
@@ -80,7 +90,14 @@ def simulate_client(spec: RunSpec) -> Client:
 
 
 def audit(
-    spec: RunSpec, out: Path, *, force: bool = False, resume: bool = False, progress: bool = True, command: str = ""
+    spec: RunSpec,
+    out: Path,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    progress: bool = True,
+    command: str = "",
+    client: Client | None = None,
 ) -> dict[str, Any]:
     """Simulate, attack, evaluate, report.
 
@@ -92,6 +109,7 @@ def audit(
             interrupted. A finished one is left as it is, and an absent one begins.
         progress: Show progress on standard error.
         command: How a reader of the report can repeat the run.
+        client: What :func:`simulate_client` gave for this specification, if it was called already.
 
     Returns:
         The content of ``result.json``; ``partial`` is true in it when a signal ended the attack early.
@@ -102,7 +120,8 @@ def audit(
     finished = check_resumable(out, text) if resume else None
     if finished is not None:
         return finished
-    client = simulate_client(spec)
+    client = client or simulate_client(spec)
+    decoys, unread = _decoys(spec)
     with open_folder(out, force=force, resume=resume):
         write_atomically(out / SPEC, text)
         keep = Checkpoint(out / CHECKPOINT, every=spec.checkpoint_seconds)
@@ -114,17 +133,21 @@ def audit(
             warnings: list[str] = []
             if spec.evaluate.controls and not reconstruction.interrupted:
                 control = Checkpoint(out / CONTROL, every=spec.checkpoint_seconds)
-                controls, warnings = _controls(client, recipe, spec, device, progress=progress, checkpoint=control, stop=stop)
+                controls, warnings = _controls(
+                    client, recipe, spec, device, decoys=decoys, progress=progress, checkpoint=control, stop=stop
+                )
             interrupted = stop()
         result = describe(
             spec, recipe, client.observation, client.operator, reconstruction, device, simulated=True, command=command
         )
         result |= {"partial": bool(interrupted), "interrupted": interrupted or None}
-        result["warnings"] += [_partial(reconstruction, interrupted)] * bool(interrupted) + warnings
+        result["warnings"] += [_partial(reconstruction, interrupted)] * bool(interrupted) + warnings + unread
         result |= {"controls": controls} if controls else {}
         result |= {"defence_costs": [dataclasses.asdict(cost) for cost in client.costs]} if client.costs else {}
         result["assumptions"] += _cost_row(client.costs)
-        result = write_run(out, result, reconstruction, spec_text=text, truth=client.truth, lpips=spec.evaluate.lpips)
+        result = write_run(
+            out, result, reconstruction, spec_text=text, truth=client.truth, decoys=decoys, lpips=spec.evaluate.lpips
+        )
         if not interrupted:
             for name in (CHECKPOINT, CONTROL):
                 Checkpoint(out / name).remove()
@@ -196,12 +219,25 @@ def stopping() -> Iterator[Callable[[], str]]:
             signal.signal(number, handler)
 
 
+def _decoys(spec: RunSpec) -> tuple[Tensor | None, list[str]]:
+    """Further images of the source, which the attack never sees, and a warning where they cannot be read."""
+    count = spec.evaluate.candidates - spec.data.batch
+    if count <= 0:
+        return None, []
+    try:
+        decoys = data.following(spec.data, count)
+    except DataError as fault:
+        return None, [f"The true images were looked for among the batch alone, since others cannot be read: {fault}"]
+    return (decoys if len(decoys) else None), []
+
+
 def _controls(
     client: Client,
     recipe: Attack,
     spec: RunSpec,
     device: torch.device,
     *,
+    decoys: Tensor | None,
     progress: bool,
     checkpoint: Checkpoint | None = None,
     stop: Callable[[], str] | None = None,
@@ -216,7 +252,9 @@ def _controls(
         )
         if rebuilt.interrupted:
             return {}, []
-        controls["random-noise gradient"] = evaluate(rebuilt.images, client.truth, lpips=spec.evaluate.lpips).summary
+        found = dataclasses.asdict(identify(rebuilt.images, client.truth, decoys=decoys))
+        scored = evaluate(rebuilt.images, client.truth, lpips=spec.evaluate.lpips).summary
+        controls["random-noise gradient"] = {**scored, "identification": found}
     except (ObservationError, DivergedError) as refusal:
         warnings.append(f"The attack refused the control, a random-noise gradient: {refusal}")
     controls["mean image"] = mean_image_control(client.truth, lpips=spec.evaluate.lpips).summary
@@ -351,6 +389,8 @@ def attack_observation(
 
 def prepare(spec: RunSpec) -> tuple[Attack, torch.device]:
     """The recipe and the device of a specification; sets the number of CPU threads."""
+    if spec.matrix.given:
+        raise SpecError("matrix: several runs in one specification, which `gradleak audit` alone takes; leave it out here")
     settings = {key: value for key, value in spec.attack.items() if key != "name"}
     recipe = attack(str(spec.attack["name"]), **settings)
     for defence in defences_of(spec.defence):
@@ -404,7 +444,13 @@ def describe(
         "best_round": reconstruction.best_round,
         "stopped": reconstruction.stopped,
         "assumptions": assumptions(spec, observation, client, reconstruction, simulated=simulated),
-        "labels": {"rule": reconstruction.labels.rule, "values": reconstruction.labels.values.tolist(), "accuracy": None},
+        "labels": {
+            "rule": reconstruction.labels.rule,
+            "values": reconstruction.labels.values.tolist(),
+            "classes": _classes(client, observation),
+            "accuracy": None,
+        },
+        "image_sensitivity": image_sensitivity(client.to(device), reconstruction.labels.values, observation.image_shape),
         "cost": {
             "rounds": reconstruction.rounds,
             "seconds": round(reconstruction.seconds, 3),
@@ -424,7 +470,14 @@ def describe(
     }
 
 
-def _named(defence: DefenceSpec) -> str:
+def _classes(client: ClientOperator, observation: Observation) -> int:
+    """K, the number of F's outputs."""
+    with torch.no_grad():
+        images = torch.zeros(2, *observation.image_shape).to(next(iter(client.weights.values())))
+        return client.outputs(images).shape[-1]
+
+
+def named(defence: DefenceSpec) -> str:
     """A defence with its settings, in words."""
     settings = ", ".join(f"{key} {value}" for key, value in defence.settings.items())
     return f"{defence.name} ({settings})" if settings else defence.name
@@ -518,7 +571,7 @@ def assumptions(
         ),
         (
             "Defences",
-            "; ".join(_named(defence) for defence in observation.defences) or "none",
+            "; ".join(named(defence) for defence in observation.defences) or "none",
             "the attacker knows them" if observation.defences else "the update is sent as it is",
         ),
         *(("The audited model", note, "the figures hold for that model") for note in client.notes),
@@ -597,6 +650,7 @@ def write_run(
     *,
     spec_text: str,
     truth: Truth | None = None,
+    decoys: Tensor | None = None,
     lpips: str = "auto",
 ) -> dict[str, Any]:
     """Write a run folder: spec.toml, log.jsonl, reconstruction.safetensors, then what the evaluation adds."""
@@ -617,6 +671,7 @@ def write_run(
         snapshot_rounds=reconstruction.snapshot_rounds,
         history=reconstruction.history,
         truth=truth,
+        decoys=decoys,
         lpips=lpips,
     )
 
@@ -632,6 +687,7 @@ def _finish(
     history: list[dict[str, float]],
     truth: Truth | None,
     lpips: str,
+    decoys: Tensor | None = None,
 ) -> dict[str, Any]:
     """result.json, report.html and grid.png, with scores where there is a truth."""
     frames = snapshots.float() / 255 if len(snapshots) else None
@@ -644,29 +700,22 @@ def _finish(
     else:
         evaluation = evaluate(images, truth, labels=labels, lpips=lpips)
         result |= scores(evaluation)
-        result["labels"]["accuracy"] = label_accuracy(labels, truth.labels)
+        result["identification"] = dataclasses.asdict(identify(images, truth, decoys=decoys))
+        result["labels"] |= label_scores(labels, truth.labels, classes=result["labels"].get("classes"))
         if frames is not None:
             quality = {"round": list(snapshot_rounds), **quality_over_rounds(frames, truth)}
             result["quality"] = quality
-    result["verdict"] = _caveat(result) + result["verdict"]
+    mean_ssim = ((result.get("metrics") or {}).get("ssim") or {}).get("mean")
+    doubt = remark(mean_ssim, result.get("controls"), image_sensitivity=result.get("image_sensitivity"))
+    result["verdict"] += f" {doubt}" if doubt else ""
+    if result.get("partial"):
+        result["verdict"] = f"Partial result, the attack was interrupted. {result['verdict']}"
     write_report(
         folder,
         ReportData(result=result, images=images, truth=truth, snapshots=frames, history=history, quality=quality),
     )
     write_atomically(folder / RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result
-
-
-def _caveat(result: dict[str, Any]) -> str:
-    """What a verdict begins with where the images shown are not, or not yet, what the update tells."""
-    sensitivity = result["attack"].get("image_sensitivity")
-    texts = ["Partial result, the attack was interrupted."] * bool(result.get("partial"))
-    if sensitivity is not None and sensitivity < IMAGE_BLIND:
-        texts.append(
-            f"The update does not depend on the images (sensitivity {sensitivity:.0e}): what is shown comes from the attack, "
-            "not from the client."
-        )
-    return "".join(f"{text} " for text in texts)
 
 
 def scores(evaluation: Evaluation) -> dict[str, Any]:
@@ -680,13 +729,6 @@ def scores(evaluation: Evaluation) -> dict[str, Any]:
         "many_to_one": table["many_to_one"],
         "notes": table["notes"],
     }
-
-
-def label_accuracy(recovered: Tensor, truth: Tensor) -> float:
-    """Share of the batch's labels that were recovered, as multisets: the sum over classes of the smaller count, over B."""
-    classes = int(max(recovered.max(), truth.max())) + 1
-    found, there = torch.bincount(recovered, minlength=classes), torch.bincount(truth, minlength=classes)
-    return float(torch.minimum(found, there).sum() / len(truth))
 
 
 def spec_for(observation: Observation, *, model: str | None, overrides: list[str], where: str) -> RunSpec:

@@ -182,6 +182,45 @@ class EvaluateSpec(_Table):
 
     lpips: str = Field(default="auto", description="auto: if VGG-16 is in torch's cache | off | download | a safetensors file")
     controls: bool = Field(default=False, description="also attack a random-noise gradient, and score the mean image")
+    candidates: int = Field(
+        default=100, ge=1, le=10_000, description="images among which the true one is looked for: the batch, and decoys"
+    )
+
+
+class MatrixSpec(_Table):
+    """Several attacks against several defences: a run for each pair (:mod:`gradleak.matrix`)."""
+
+    attacks: list[dict[str, Any]] | None = Field(
+        default=None, min_length=1, description="names, or tables with a name and settings; default: the one of [attack]"
+    )
+    defences: list[list[DefenceSpec]] | None = Field(
+        default=None, min_length=1, description="what a client does: a list of defences each, [] for none; default: [[defence]]"
+    )
+
+    @property
+    def given(self) -> bool:
+        """Whether there is a matrix at all."""
+        return self.attacks is not None or self.defences is not None
+
+    @field_validator("attacks", mode="before")
+    @classmethod
+    def _attacks(cls, attacks: Any) -> Any:
+        if not isinstance(attacks, list):
+            return attacks
+        named = [{"name": entry} if isinstance(entry, str) else entry for entry in attacks]
+        if bad := [entry for entry in named if not (isinstance(entry, dict) and isinstance(entry.get("name"), str))]:
+            raise ValueError(
+                f'each attack is a name or a table with a name, such as {{name="dlg", rounds=50}}; found {bad[0]!r}'
+            )
+        return named
+
+    @field_validator("defences", mode="before")
+    @classmethod
+    def _defences(cls, defences: Any) -> Any:
+        if not isinstance(defences, list):
+            return defences
+        lists = [entry if isinstance(entry, list) else [entry] for entry in defences]
+        return [[{"name": entry} if isinstance(entry, str) else entry for entry in entries] for entries in lists]
 
 
 class RunSpec(_Table):
@@ -207,6 +246,7 @@ class RunSpec(_Table):
     labels: LabelSpec = LabelSpec()
     attack: dict[str, Any] = Field(default_factory=lambda: {"name": "cinet"}, description="name, and its settings")
     evaluate: EvaluateSpec = EvaluateSpec()
+    matrix: MatrixSpec = MatrixSpec()
 
     @field_validator("attack")
     @classmethod
@@ -284,6 +324,7 @@ def describe(error: ValidationError, root: type[BaseModel]) -> str:
 
 def dump(spec: RunSpec, *, leave_out: set[str] | None = None) -> str:
     """The fully resolved specification as TOML. ``None`` (not set) has no TOML form and is left out."""
+    leave_out = (leave_out or set()) | (set() if spec.matrix.given else {"matrix"})
     table = _without_none(spec.model_dump(mode="json", exclude=leave_out))
     return str(tomli_w.dumps(table))
 

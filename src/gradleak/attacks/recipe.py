@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 #: Below this sensitivity the update does not tell the gain of the images.
 GAIN_BLIND = 0.02
 
-#: Below this sensitivity the update does not depend on the images at all: differences are round-off.
-IMAGE_BLIND = 1e-4
-
 Schedule = Literal["constant", "cosine", "step"]
 
 
@@ -39,7 +36,6 @@ class Problem:
         observed: g* there, name -> tensor.
         labels: B labels that the attack uses, there.
         gain_sensitivity: How much A depends on the gain of random images (:mod:`gradleak.invariance`).
-        image_sensitivity: How much A differs between two batches of random images.
     """
 
     observation: Observation
@@ -47,7 +43,6 @@ class Problem:
     observed: Update
     labels: Tensor
     gain_sensitivity: float
-    image_sensitivity: float = math.inf
 
     @property
     def gain_blind(self) -> bool:

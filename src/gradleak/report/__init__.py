@@ -2,5 +2,6 @@
 
 from gradleak.report.figures import grid_png
 from gradleak.report.html import ReportData, render, write_report
+from gradleak.report.matrix import MatrixData, render_matrix
 
-__all__ = ["ReportData", "grid_png", "render", "write_report"]
+__all__ = ["MatrixData", "ReportData", "grid_png", "render", "render_matrix", "write_report"]

@@ -7,6 +7,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ _PAGE_COLOURS = {
     "#040404": "var(--muted)",
 }
 _INK, _LINE, _ACCENT, _MUTED = _PAGE_COLOURS
+#: Signs of :class:`Line` for the text of a page, and the same as matplotlib calls them.
+MARKERS = "●■◆▲▼✚✖★"
+_SHAPES = "osD^vPX*"
 
 
 def picture(image: Tensor, *, longest: int | None = None) -> Image.Image:
@@ -128,7 +132,72 @@ def curve_svg(
     kept = np.unique(np.linspace(0, len(points) - 1, MAX_POINTS).round().astype(int))
     x, y = zip(*(points[i] for i in kept), strict=True)
 
-    style: Any = {
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the user's own style must not change the report
+        matplotlib.rcParams.update(_style(label))
+        figure = Figure(figsize=(3.75, 2.4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(x, y, color=_ACCENT, linewidth=1.5, marker="o" if len(x) < 20 else "", markersize=3)
+        _plain(axes, log=log, bounds=(min(0.0, *y), max(1.0, 1.08 * max(y)) if top is None else top))
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(buffer.getvalue(), label)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve: points (position, value) with ascending positions of at least 0, a CSS colour, an index of MARKERS."""
+
+    points: Sequence[tuple[float, float]]
+    colour: str
+    marker: int = 0
+
+
+def lines_svg(lines: Sequence[Line], *, label: str, right: str, top: float = 1.0) -> str:
+    """Several curves through marked points as an SVG element for an HTML page; ``""`` if there is nothing to draw.
+
+    The horizontal axis starts at 0; it is logarithmic beyond the least positive position where positions differ by more
+    than a factor of 20. No text of a user's is in it: a page says in its own words which colour and marker is which.
+
+    Args:
+        lines: What is drawn.
+        label: As of :func:`curve_svg`.
+        right: What the horizontal axis shows.
+        top: Upper end of the vertical axis, which starts at 0.
+    """
+    positions = [x for line in lines for x, _ in line.points]
+    if not positions:
+        return ""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_style(label))
+        figure = Figure(figsize=(6.4, 3.0), layout="constrained")
+        axes = figure.subplots()
+        drawn = [f"#0501{i:02x}" for i in range(len(lines))]
+        for line, colour in zip(lines, drawn, strict=True):
+            x, y = zip(*line.points, strict=True)
+            shape = _SHAPES[line.marker % len(_SHAPES)]
+            axes.plot(x, y, color=colour, linewidth=1.5, marker=shape, markersize=5, clip_on=False, zorder=3)
+        _plain(axes, log=False, bounds=(min(0.0, *(y for line in lines for _, y in line.points)), top))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        positive = [x for x in positions if x > 0]
+        if positive and max(positive) > 20 * min(positive):
+            axes.set_xscale("symlog", linthresh=min(positive))
+            axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlim(0, 1.04 * max(positions) or 1)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlabel(right)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = _inline(buffer.getvalue(), label, over=right)
+    for line, colour in zip(lines, drawn, strict=True):
+        svg = svg.replace(colour, line.colour)
+    return svg
+
+
+def _style(label: str) -> Any:
+    """Matplotlib's settings for a curve in the page's own colours."""
+    return {
         "svg.fonttype": "none",
         "svg.hashsalt": label,
         "font.size": 9,
@@ -138,16 +207,6 @@ def curve_svg(
         "ytick.color": _MUTED,
         "grid.color": _LINE,
     }
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the user's own style must not change the report
-        matplotlib.rcParams.update(style)
-        figure = Figure(figsize=(3.75, 2.4), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(x, y, color=_ACCENT, linewidth=1.5, marker="o" if len(x) < 20 else "", markersize=3)
-        _plain(axes, log=log, bounds=(min(0.0, *y), max(1.0, 1.08 * max(y)) if top is None else top))
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(buffer.getvalue(), label)
 
 
 def _plain(axes: Axes, *, log: bool, bounds: tuple[float, float]) -> None:
@@ -179,7 +238,7 @@ def _power(value: float, *, plain: bool) -> str:
     return power if digits == "1" else f"{digits}·{power}"
 
 
-def _inline(svg: str, label: str) -> str:
+def _inline(svg: str, label: str, *, over: str = "rounds") -> str:
     """Matplotlib's SVG file as an element of an HTML page: bare, with identifiers of its own and the page's colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
@@ -188,7 +247,7 @@ def _inline(svg: str, label: str) -> str:
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
     for drawn, variable in _PAGE_COLOURS.items():
         svg = svg.replace(drawn, variable)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label} over rounds"', 1).strip()
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label} over {over}"', 1).strip()
 
 
 def _cell(width: int, height: int) -> tuple[int, int]:

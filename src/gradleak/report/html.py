@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment
+from jinja2 import Environment, FunctionLoader
 from markupsafe import Markup
 from torch import Tensor
 
@@ -81,25 +81,28 @@ def render(data: ReportData) -> str:
     measured = _measured(pictures)
     height, width = data.images.shape[-2:]
     shown = pictures[: max(4, min(MAX_PICTURES, MAX_PIXELS // (height * width)))]
-    page = _environment().from_string(resources.files(__package__).joinpath("template.html").read_text("utf-8"))
-    return page.render(
-        result=data.result,
-        has_truth=data.truth is not None,
-        shape="×".join(str(n) for n in data.images.shape[1:]),
-        pictures=pictures,
-        shown=shown,
-        opened=OPEN_PICTURES,
-        small=max(height, width) <= 128,
-        width=width,
-        height=height,
-        measured=measured,
-        tiles=_tiles(data, measured),
-        strips=_strips(data, pictures) if data.snapshots is not None else [],
-        curves=_curves(data),
-        comparison=_comparison(data.result, measured) if data.truth is not None else [],
-        run=_run(data.result),
-        settings=_flat(data.result.get("attack") or {}),
-        versions=_flat(data.result.get("versions") or {}),
+    return (
+        environment()
+        .get_template("template.html")
+        .render(
+            result=data.result,
+            has_truth=data.truth is not None,
+            shape="×".join(str(n) for n in data.images.shape[1:]),
+            pictures=pictures,
+            shown=shown,
+            opened=OPEN_PICTURES,
+            small=max(height, width) <= 128,
+            width=width,
+            height=height,
+            measured=measured,
+            tiles=_tiles(data, measured),
+            strips=_strips(data, pictures) if data.snapshots is not None else [],
+            curves=_curves(data),
+            comparison=_comparison(data.result, measured) if data.truth is not None else [],
+            run=_run(data.result),
+            settings=_flat(data.result.get("attack") or {}),
+            versions=_flat(data.result.get("versions") or {}),
+        )
     )
 
 
@@ -160,6 +163,10 @@ def _tiles(data: ReportData, measured: list[_Metric]) -> list[dict[str, str]]:
         worst = (metrics.get("ssim") or {}).get("worst")
         if _known(worst) is not None:
             tiles.append({"name": "worst SSIM", "value": _number(worst, 3), "note": "of all images"})
+        found = result.get("identification") or {}
+        if (found.get("candidates") or 0) > 1 and _identified(found):
+            note = f"nearest to the true image among {found['candidates']:,}; a guess: {100 * found['chance']:.2g} %"
+            tiles.append({"name": "identified", "value": _identified(found), "note": note})
     elif _known(result.get("matching_loss")) is not None:
         tiles.append({"name": "matching loss", "value": _plain(result["matching_loss"]), "note": "0 fits the update"})
     cost = result.get("cost") or {}
@@ -215,9 +222,17 @@ def _curves(data: ReportData) -> list[dict[str, Any]]:
     return [{"title": title, "note": note, "svg": Markup(svg)} for title, note, svg in drawn if svg]
 
 
+def _identified(found: dict[str, Any]) -> str:
+    """The share of images that are identified, by squared error."""
+    rate = _known((found.get("rate") or {}).get("mse"))
+    return _share(rate) or ""
+
+
 def _comparison(result: dict[str, Any], measured: list[_Metric]) -> list[tuple[str, list[str]]]:
-    """Mean metrics of this attack, of it scored many-to-one, and of the controls; empty if it stands alone."""
-    rows = {"this attack": result.get("metrics") or {}}
+    """Mean metrics and identification of this attack, of it scored many-to-one, and of the controls; empty if it stands
+    alone.
+    """
+    rows = {"this attack": {**(result.get("metrics") or {}), "identification": result.get("identification")}}
     if result.get("many_to_one"):
         rows["this attack, many-to-one"] = result["many_to_one"]
     rows |= {f"control: {name}": row for name, row in (result.get("controls") or {}).items()}
@@ -227,7 +242,14 @@ def _comparison(result: dict[str, Any], measured: list[_Metric]) -> list[tuple[s
 
     if len(rows) == 1:
         return []
-    return [(name, [_number(mean(row.get(m.key)), m.digits) for m in measured]) for name, row in rows.items()]
+    return [
+        (
+            name,
+            [_number(mean(row.get(m.key)), m.digits) for m in measured]
+            + ([_identified(row.get("identification") or {}) or "–"] if result.get("identification") else []),
+        )
+        for name, row in rows.items()
+    ]
 
 
 def _run(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -239,11 +261,17 @@ def _run(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("stopped", result.get("stopped")),
         ("matching loss", None if result.get("matching_loss") is None else _plain(result["matching_loss"])),
         ("labels by", labels.get("rule")),
-        ("labels right", None if labels.get("accuracy") is None else f"{100 * labels['accuracy']:.4g} %"),
+        ("labels right", _share(labels.get("accuracy"))),
+        ("classes found", _share(labels.get("classes_found"))),
+        ("counts of classes exact", _share(labels.get("counts_exact"))),
         ("time per round", None if cost.get("seconds_per_round") is None else _duration(cost["seconds_per_round"])),
         ("peak memory", None if cost.get("peak_memory_mb") is None else f"{cost['peak_memory_mb']:,.0f} MB"),
     )
     return [(name, str(value)) for name, value in rows if value is not None]
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else f"{100 * value:.4g} %"
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -287,9 +315,12 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
 
 
-def _environment() -> Environment:
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = _number
-    environment.filters["plain"] = _plain
-    environment.filters["uri"] = lambda image, longest=512: png_data_uri(picture(image, longest=longest))
-    return environment
+def environment() -> Environment:
+    """The templates beside this file, with everything that they show escaped; filters ``number``, ``plain``, ``uri``."""
+    files = FunctionLoader(lambda name: resources.files(__package__).joinpath(name).read_text("utf-8"))
+    templates = Environment(loader=files, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    templates.filters["number"] = _number
+    templates.filters["plain"] = _plain
+    templates.filters["duration"] = _duration
+    templates.filters["uri"] = lambda image, longest=512: png_data_uri(picture(image, longest=longest))
+    return templates
