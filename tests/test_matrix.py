@@ -181,7 +181,7 @@ def test_resume_repeats_what_is_not_finished_and_nothing_else(folder: Path, tmp_
 def test_resume_refuses_what_is_not_its_own(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(folder, out)
-    with pytest.raises(OutputError, match=r"cinet--undefended.*another specification"):
+    with pytest.raises(SpecError, match=r"cinet--undefended.*seed was 0 and is 1"):
         matrix.audit_matrix(spec("seed=1"), out, resume=True, progress=False)
     damaged = out / "cinet--undefended" / "result.json"
     damaged.write_text("{}")

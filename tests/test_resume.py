@@ -128,7 +128,7 @@ def test_an_interruption_during_the_control(interrupting: Path) -> None:
     (interrupting / "calls").write_text("10000")
     assert call("audit", "--out", interrupting / "whole", **own) == 0
     used = 10000 - int((interrupting / "calls").read_text())
-    (interrupting / "calls").write_text(str(used - 4))
+    (interrupting / "calls").write_text(str(used - 10))
     out = interrupting / "run"
     assert call("audit", "--out", out, **own) == 143
     assert "controls" not in read(out)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from gradleak.errors import OutputError
+from gradleak.errors import GradleakError, OutputError
 
 RESULT, RECONSTRUCTION, SPEC, LOG = "result.json", "reconstruction.safetensors", "spec.toml", "log.jsonl"
 REPORT, GRID = "report.html", "grid.png"
@@ -73,7 +73,20 @@ def open_folder(out: Path, *, force: bool = False, resume: bool = False) -> Iter
                     (out / name).unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"{out}: cannot be used as the output folder: {error.strerror or error}") from None
-        yield
+        try:
+            yield
+        except GradleakError:
+            _forget(out)
+            raise
+
+
+def _forget(out: Path) -> None:
+    """Leave no trace of a run that was refused before it had computed anything."""
+    with contextlib.suppress(OSError):
+        if {file.name for file in out.iterdir()} <= {SPEC, LOCK}:
+            (out / SPEC).unlink(missing_ok=True)
+            (out / LOCK).unlink(missing_ok=True)
+            out.rmdir()
 
 
 @contextmanager

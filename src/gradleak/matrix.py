@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -292,8 +291,6 @@ def _run(cell: Cell, folder: Path, client: run.Client | GradleakError, *, resume
     except OutputError:  # the disk is full, say: the next cell would not fare better
         raise
     except GradleakError as fault:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # only if nothing is in it
         return _row(cell, None, error=str(fault))
     return _row(cell, result)
 

@@ -131,12 +131,12 @@ def audit(
             )
             controls: dict[str, Any] = {}
             warnings: list[str] = []
-            if spec.evaluate.controls and not reconstruction.interrupted:
+            interrupted = reconstruction.interrupted
+            if spec.evaluate.controls and not interrupted:
                 control = Checkpoint(out / CONTROL, every=spec.checkpoint_seconds)
-                controls, warnings = _controls(
+                controls, warnings, interrupted = _controls(
                     client, recipe, spec, device, decoys=decoys, progress=progress, checkpoint=control, stop=stop
                 )
-            interrupted = stop()
         result = describe(
             spec, recipe, client.observation, client.operator, reconstruction, device, simulated=True, command=command
         )
@@ -241,8 +241,8 @@ def _controls(
     progress: bool,
     checkpoint: Checkpoint | None = None,
     stop: Callable[[], str] | None = None,
-) -> tuple[dict[str, Any], list[str]]:
-    """The scores of the two controls, and why one of them is missing."""
+) -> tuple[dict[str, Any], list[str], str]:
+    """The scores of the two controls, why one of them is missing, and the signal that interrupted them."""
     controls: dict[str, Any] = {}
     warnings: list[str] = []
     noise = noise_update(client.observation, seed=spec.seed)
@@ -251,14 +251,14 @@ def _controls(
             noise, client.model, recipe, spec, device, progress=progress, checkpoint=checkpoint, stop=stop
         )
         if rebuilt.interrupted:
-            return {}, []
+            return {}, [], rebuilt.interrupted
         found = dataclasses.asdict(identify(rebuilt.images, client.truth, decoys=decoys))
         scored = evaluate(rebuilt.images, client.truth, lpips=spec.evaluate.lpips).summary
         controls["random-noise gradient"] = {**scored, "identification": found}
     except (ObservationError, DivergedError) as refusal:
         warnings.append(f"The attack refused the control, a random-noise gradient: {refusal}")
     controls["mean image"] = mean_image_control(client.truth, lpips=spec.evaluate.lpips).summary
-    return controls, warnings
+    return controls, warnings, ""
 
 
 def invert_observation(
