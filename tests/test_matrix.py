@@ -319,6 +319,7 @@ def test_an_unfinished_matrix_is_reported_as_far_as_it_got(folder: Path) -> None
     some = {**table, "rows": table["rows"][:4]}
     html = render_matrix(replace(MatrixData(matrix=some, truth=data.load(spec().data), thumbnails={})))
     assert html.count("not run yet") == 5
+    assert "of 9 runs finished" in html
 
 
 def test_errors_are_of_the_kind_that_people_can_mend(tmp_path: Path) -> None:
