@@ -31,7 +31,7 @@ def assign(reconstruction: Tensor, truth: Tensor) -> Tensor:
             "a one-to-one assignment needs as many reconstructions as originals, all of one shape; "
             f"found {tuple(reconstruction.shape)} and {tuple(truth.shape)}"
         )
-    cost = _squared_distances(truth, reconstruction)
+    cost = squared_distances(truth, reconstruction)
     if not cost.isfinite().all():
         raise DataError("images that hold NaN or infinite values cannot be assigned")
     return torch.as_tensor(linear_sum_assignment(cost.numpy())[1], dtype=torch.int64)
@@ -64,8 +64,16 @@ def many_to_one(
     return scores.amax(dim=0) if higher_is_better else scores.amin(dim=0)
 
 
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """``|a_i - b_j|^2`` as ``|a_i|^2 + |b_j|^2 - 2 <a_i, b_j>``: one matrix product, no B x B images; on the CPU."""
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    r""":math:`\|a_i - b_j\|^2` as :math:`\|a_i\|^2 + \|b_j\|^2 - 2 \langle a_i, b_j \rangle`: one matrix product.
+
+    Args:
+        a: B x C x H x W.
+        b: N x C x H x W.
+
+    Returns:
+        B x N, float64, on the CPU.
+    """
     # float64, since the three terms nearly cancel for close images
     a, b = (images.detach().cpu().double().flatten(1) for images in (a, b))
     return a.square().sum(1)[:, None] + b.square().sum(1)[None, :] - 2 * a @ b.T

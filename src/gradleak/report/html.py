@@ -165,7 +165,7 @@ def _tiles(data: ReportData, measured: list[_Metric]) -> list[dict[str, str]]:
             tiles.append({"name": "worst SSIM", "value": _number(worst, 3), "note": "of all images"})
         found = result.get("identification") or {}
         if (found.get("candidates") or 0) > 1 and _identified(found):
-            note = f"nearest to the true image among {found['candidates']:,}; a guess: {100 * found['chance']:.2g} %"
+            note = f"nearest of {found['candidates']:,} to the true image; a guess: {100 * found['chance']:.2g} %"
             tiles.append({"name": "identified", "value": _identified(found), "note": note})
     elif _known(result.get("matching_loss")) is not None:
         tiles.append({"name": "matching loss", "value": _plain(result["matching_loss"]), "note": "0 fits the update"})

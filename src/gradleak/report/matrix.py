@@ -87,7 +87,7 @@ def verdict(matrix: dict[str, Any]) -> str:
     """The matrix in at most three sentences: how many runs finished, the strongest attack, the defence that leaks least."""
     done = [row for row in matrix["rows"] if row["error"] is None]
     measured = [row for row in done if row["ssim_mean"] is not None]
-    text = f"{len(done)} of {len(matrix['rows'])} runs finished."
+    text = f"{len(done)} of {len(matrix['attacks']) * len(matrix['defences'])} runs finished."
     if not measured:
         return text
     closest = max(measured, key=lambda row: row["ssim_mean"])
