@@ -1,4 +1,4 @@
-"""The command line: audit, capture, invert, evaluate, check, list."""
+"""The command line: audit, capture, invert, evaluate, purge, check, train-generator, list."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from gradleak.errors import GradleakError, OutputError, SpecError, nearest
+from gradleak.errors import GradleakError, OutputError, SpecError, nearest, printable
 
 app = typer.Typer(
     name="gradleak",
@@ -26,17 +26,20 @@ SpecFile = Annotated[Path | None, typer.Argument(help="TOML specification; witho
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key, e.g. attack.rounds=300")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder; must be empty or absent")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an earlier run in the output folder")]
+Redact = Annotated[bool, typer.Option("--redact", help="Keep the figures and no picture: no reconstruction is written")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress")]
 UpdateFile = Annotated[Path, typer.Argument(metavar="UPDATE", help="update.safetensors, as `capture` writes it")]
 
 
 @app.command()
-def audit(spec: SpecFile = None, *, set_: Set = None, out: Out, force: Force = False, quiet: Quiet = False) -> None:
+def audit(
+    spec: SpecFile = None, *, set_: Set = None, out: Out, force: Force = False, redact: Redact = False, quiet: Quiet = False
+) -> None:
     """Simulate a client, attack its update, evaluate, report."""
     from gradleak import run
     from gradleak.spec import load
 
-    result = run.audit(load(spec, set_), out, force=force, progress=not quiet, command=_command())
+    result = run.audit(load(spec, set_), out, force=force, progress=not quiet, command=_command(), redact=redact)
     _print_result(result, out)
 
 
@@ -62,10 +65,10 @@ def capture(
             run.prepare_file(path, force=force)
     client = run.simulate_client(loaded)
     client.observation.save(out)
-    typer.echo(f"update: {out} ({client.operator.parameters:,} numbers from {client.observation.batch} images)")
+    _echo(f"update: {out} ({client.operator.parameters:,} numbers from {client.observation.batch} images)")
     if truth is not None:
         client.truth.save(truth)
-        typer.echo(f"truth: {truth} (private images: keep it to yourself)")
+        _echo(f"truth: {truth} (private images: keep it to yourself)")
 
 
 @app.command()
@@ -81,6 +84,7 @@ def invert(
     set_: Set = None,
     out: Out,
     force: Force = False,
+    redact: Redact = False,
     quiet: Quiet = False,
 ) -> None:
     """Attack a saved update. There is no truth, so there is no score: see `evaluate`."""
@@ -90,7 +94,7 @@ def invert(
     observation = Observation.load(update, loss=loss)
     spec = run.spec_for(observation, model=model, overrides=set_ or [], where=str(update))
     result = run.invert_observation(
-        observation, spec, out, where=str(update), force=force, progress=not quiet, command=_command()
+        observation, spec, out, where=str(update), force=force, progress=not quiet, command=_command(), redact=redact
     )
     _print_result(result, out)
 
@@ -101,12 +105,31 @@ def evaluate(
     *,
     truth: Annotated[Path, typer.Option("--truth", metavar="FILE", help="The private batch, as `capture` writes it")],
     lpips: Annotated[str, typer.Option(help="auto, off, download, or a safetensors file of VGG-16's features")] = "auto",
+    redact: Annotated[
+        bool, typer.Option("--redact", help="Keep the figures, and remove every picture from the folder")
+    ] = False,
 ) -> None:
     """Score a reconstruction against the truth, and write its report anew."""
     from gradleak import run
     from gradleak.observation import Truth
 
-    _print_result(run.evaluate_run(folder, Truth.load(truth), lpips=lpips), folder)
+    _print_result(run.evaluate_run(folder, Truth.load(truth), lpips=lpips, redact=redact), folder)
+
+
+@app.command()
+def purge(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder, or a folder with run folders in it")],
+) -> None:
+    """Remove reconstructions, pictures and checkpoints from run folders; figures, logs and specifications stay.
+
+    Files are unlinked, not overwritten: disks, snapshots and backups may keep copies.
+    """
+    from gradleak import results
+
+    changed = results.purge(folder)
+    for path in changed:
+        _echo(f"{'rewritten' if path.exists() else 'removed'}: {path}")
+    _echo(f"purged: {folder}. Copies on the disk itself, in snapshots and in backups may remain.")
 
 
 @app.command()
@@ -116,7 +139,7 @@ def check(spec: SpecFile = None, *, set_: Set = None) -> None:
     from gradleak.spec import load
 
     for line in measure(load(spec, set_)).lines():
-        typer.echo(line)
+        _echo(line)
 
 
 @app.command("train-generator")
@@ -142,7 +165,7 @@ def train_generator(
     public = data.load(parse({"data": {"source": source, "batch": images, "start": start, "size": size}}).data).images
     trained = dcgan.train(public, rounds=rounds, width=width, latent=latent, seed=seed, device=run.choose_device(device))
     trained.save(out)
-    typer.echo(f"generator: {out}")
+    _echo(f"generator: {out}")
 
 
 @app.command("list")
@@ -163,19 +186,22 @@ def list_(
         raise SpecError(f"list: unknown {what!r}{nearest(what, known)}")
     for title, entries in known.items():
         if what in (None, title):
-            typer.echo(f"{title}:")
+            _echo(f"{title}:")
             width = max(len(name) for name in entries)
             for name, text in entries.items():
-                typer.echo(f"  {name:{width}}  {text}".rstrip())
+                _echo(f"  {name:{width}}  {text}".rstrip())
 
 
 def main() -> NoReturn:
     """Entry point: bad input gives one line on standard error and exit code 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.captureWarnings(True)
     try:
         app(standalone_mode=True)
     except GradleakError as error:
-        typer.echo(f"gradleak: error: {error}", err=True)
+        _echo(f"gradleak: error: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("gradleak: interrupted", err=True)
@@ -188,13 +214,24 @@ def _command() -> str:
 
 
 def _print_result(result: dict[str, Any], folder: Path) -> None:
-    typer.echo(result["verdict"])
+    _echo(result["verdict"])
     for name, row in result.get("metrics", {}).items():
         if name != "mse" and row["mean"] is not None:
-            typer.echo(f"  {name:5}  mean {row['mean']:.3f}  median {row['median']:.3f}  worst {row['worst']:.3f}")
+            _echo(f"  {name:5}  mean {row['mean']:.3f}  median {row['median']:.3f}  worst {row['worst']:.3f}")
     for name, note in result.get("notes", {}).items():
-        typer.echo(f"  {name:5}  not computed: {note}")
+        _echo(f"  {name:5}  not computed: {note}")
     cost = result["cost"]
-    typer.echo(f"  {cost['rounds']} rounds in {cost['seconds']:.0f} s; matching loss {result['matching_loss']:.2e}")
-    typer.echo(f"report: {(folder / 'report.html').resolve()}")
-    typer.echo("It shows private images: keep the folder to yourself.")
+    _echo(f"  {cost['rounds']} rounds in {cost['seconds']:.0f} s; matching loss {result['matching_loss']:.2e}")
+    _echo(f"report: {(folder / 'report.html').resolve()}")
+    if not result.get("redacted"):
+        _echo("It shows private images: keep the folder to yourself.")
+
+
+def _echo(text: str, *, err: bool = False) -> None:
+    """One line to the terminal: names in it may come from a file, and must not steer the terminal."""
+    typer.echo(printable(text).encode(errors="backslashreplace").decode(), err=err)
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))

@@ -21,7 +21,7 @@ from gradleak.attacks.recipe import GAIN_BLIND
 from gradleak.client import ClientOperator, Cost, build_client, defence_costs, operator, simulate
 from gradleak.defences import DPSGD, visible_mask
 from gradleak.defences import parse as defences_of
-from gradleak.errors import DivergedError, ModelError, ObservationError, OutputError, SpecError
+from gradleak.errors import DivergedError, ModelError, ObservationError, OutputError, SpecError, printable
 from gradleak.evaluate import Evaluation, evaluate, mean_image_control, quality_over_rounds, verdict
 from gradleak.files import write_atomically
 from gradleak.invert import Reconstruction, invert, noise_update
@@ -29,8 +29,9 @@ from gradleak.labels import recover
 from gradleak.metrics import load_lpips
 from gradleak.observation import Observation, Truth
 from gradleak.report import ReportData, write_report
+from gradleak.results import read_run, remove_pictures
 from gradleak.spec import DefenceSpec, RunSpec, dump, override
-from gradleak.tensors import read_tensors, write_tensors
+from gradleak.tensors import write_tensors
 from gradleak.threat import LETTERS, check_granted, letter
 
 RESULT, RECONSTRUCTION, SPEC, LOG = "result.json", "reconstruction.safetensors", "spec.toml", "log.jsonl"
@@ -70,7 +71,9 @@ def simulate_client(spec: RunSpec) -> Client:
     return Client(truth, model, client, observation, costs)
 
 
-def audit(spec: RunSpec, out: Path, *, force: bool = False, progress: bool = True, command: str = "") -> dict[str, Any]:
+def audit(
+    spec: RunSpec, out: Path, *, force: bool = False, progress: bool = True, command: str = "", redact: bool = False
+) -> dict[str, Any]:
     """Simulate, attack, evaluate, report.
 
     Args:
@@ -79,6 +82,7 @@ def audit(spec: RunSpec, out: Path, *, force: bool = False, progress: bool = Tru
         force: Overwrite an earlier run's files.
         progress: Show progress on standard error.
         command: How a reader of the report can repeat the run.
+        redact: Keep the figures and no picture.
 
     Returns:
         The content of ``result.json``.
@@ -97,7 +101,7 @@ def audit(spec: RunSpec, out: Path, *, force: bool = False, progress: bool = Tru
     result |= {"defence_costs": [dataclasses.asdict(cost) for cost in client.costs]} if client.costs else {}
     result["assumptions"] += _cost_row(client.costs)
     text = dump(resolve(spec, recipe))
-    return write_run(out, result, reconstruction, spec_text=text, truth=client.truth, lpips=spec.evaluate.lpips)
+    return write_run(out, result, reconstruction, spec_text=text, truth=client.truth, lpips=spec.evaluate.lpips, redact=redact)
 
 
 def _controls(
@@ -124,6 +128,7 @@ def invert_observation(
     force: bool = False,
     progress: bool = True,
     command: str = "",
+    redact: bool = False,
 ) -> dict[str, Any]:
     """Attack a saved update. There is no truth: the report shows the reconstruction and says that its quality is unknown.
 
@@ -132,6 +137,7 @@ def invert_observation(
         spec: ``model``, ``attack``, ``labels``, ``seed`` and ``device`` are used.
         out: The run folder.
         where: What an error message calls the observation, its file name.
+        redact: Keep the figures and no picture.
     """
     recipe, device = prepare(spec)
     check_folder(out, force=force)
@@ -142,43 +148,37 @@ def invert_observation(
     prepare_folder(out, force=force)
     reconstruction = attack_observation(observation, model, recipe, spec, device, progress=progress, where=where)
     result = describe(spec, recipe, observation, client, reconstruction, device, simulated=False, command=command)
-    text = f"# gradleak invert {where}\n" + dump(resolve(spec, recipe), leave_out={"data", "client", "defence", "evaluate"})
-    return write_run(out, result, reconstruction, spec_text=text)
+    text = f"# gradleak invert {printable(where)}\n" + dump(
+        resolve(spec, recipe), leave_out={"data", "client", "defence", "evaluate"}
+    )
+    return write_run(out, result, reconstruction, spec_text=text, redact=redact)
 
 
-def evaluate_run(folder: Path, truth: Truth, *, lpips: str = "auto") -> dict[str, Any]:
+def evaluate_run(folder: Path, truth: Truth, *, lpips: str = "auto", redact: bool = False) -> dict[str, Any]:
     """Score the reconstruction of a run folder against the truth and write its report anew.
 
+    With ``redact`` the figures stay and the pictures are removed.
+
     Raises:
-        OutputError: The folder is not a run folder.
+        OutputError: The folder is not a run folder, or has no pictures any more.
         DataError: The truth has another number or shape of images.
     """
-    for name in (RESULT, RECONSTRUCTION):
-        if not (folder / name).is_file():
-            raise OutputError(f"{folder}: no {name} in it; expected a folder written by `gradleak invert` or `audit`")
-    try:
-        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        lines = (folder / LOG).read_text(encoding="utf-8").splitlines() if (folder / LOG).is_file() else []
-        history = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise OutputError(f"{folder}: {RESULT} or {LOG} is damaged: {error}") from None
-    tensors, _ = read_tensors(folder / RECONSTRUCTION, error=OutputError)
-    if not isinstance(result, dict) or not {"labels", "cost", "matching_loss"} <= result.keys():
-        raise OutputError(f"{folder}: {RESULT} is damaged: it is not what `gradleak invert` or `audit` writes")
-    if not {"images", "labels"} <= tensors.keys():
-        raise OutputError(f"{folder}: {RECONSTRUCTION} has no tensors 'images' and 'labels'")
-    snapshots = tensors.get("snapshots", torch.empty(0))
-    return _finish(
+    run = read_run(folder)
+    result = _finish(
         folder,
-        result,
-        images=tensors["images"],
-        labels=tensors["labels"],
-        snapshots=snapshots,
-        snapshot_rounds=tensors.get("snapshot_rounds", torch.empty(0)).tolist(),
-        history=history,
+        run.result,
+        images=run.images,
+        labels=run.labels,
+        snapshots=run.snapshots,
+        snapshot_rounds=run.snapshot_rounds,
+        history=run.history,
         truth=truth,
         lpips=lpips,
+        redact=redact,
     )
+    if redact:
+        remove_pictures(folder)
+    return result
 
 
 def attack_observation(
@@ -471,6 +471,7 @@ def write_run(
     spec_text: str,
     truth: Truth | None = None,
     lpips: str = "auto",
+    redact: bool = False,
 ) -> dict[str, Any]:
     """Write a run folder: spec.toml, log.jsonl, reconstruction.safetensors, then what the evaluation adds."""
     labels = reconstruction.labels.values
@@ -480,7 +481,8 @@ def write_run(
         tensors["snapshot_rounds"] = torch.tensor(reconstruction.snapshot_rounds)
     write_atomically(folder / SPEC, spec_text)
     write_atomically(folder / LOG, "".join(json.dumps(row) + "\n" for row in reconstruction.history))
-    write_tensors(folder / RECONSTRUCTION, tensors, {"format": "gradleak-reconstruction", "version": "1"})
+    if not redact:
+        write_tensors(folder / RECONSTRUCTION, tensors, {"format": "gradleak-reconstruction", "version": "1"})
     return _finish(
         folder,
         result,
@@ -491,6 +493,7 @@ def write_run(
         history=reconstruction.history,
         truth=truth,
         lpips=lpips,
+        redact=redact,
     )
 
 
@@ -505,8 +508,12 @@ def _finish(
     history: list[dict[str, float]],
     truth: Truth | None,
     lpips: str,
+    redact: bool,
 ) -> dict[str, Any]:
-    """result.json, report.html and grid.png, with scores where there is a truth."""
+    """result.json, report.html and grid.png, with scores where there is a truth, without pictures where they are redacted."""
+    if redact:
+        result["redacted"] = True
+        truth = None if truth is None else dataclasses.replace(truth, names=())  # of files or people
     frames = snapshots.float() / 255 if len(snapshots) else None
     quality: dict[str, list[Any]] = {}
     if truth is None:
@@ -521,9 +528,10 @@ def _finish(
         if frames is not None:
             quality = {"round": list(snapshot_rounds), **quality_over_rounds(frames, truth)}
             result["quality"] = quality
+    shown, frames = (None, None) if redact else (images, frames)
     write_report(
         folder,
-        ReportData(result=result, images=images, truth=truth, snapshots=frames, history=history, quality=quality),
+        ReportData(result=result, images=shown, truth=truth, snapshots=frames, history=history, quality=quality),
     )
     write_atomically(folder / RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import reprlib
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,14 +11,19 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from gradleak.errors import SpecError, nearest
+from gradleak.errors import SpecError, nearest, printable
+from gradleak.files import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-MAX_SPEC_BYTES = 1_000_000
+MAX_SPEC_BYTES = 250_000
+#: Most parts of one key: the time that tomllib needs for a key grows with the square of their number.
+MAX_KEY_PARTS = 50
+#: Most faults that one message lists.
+MAX_FAULTS = 20
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -42,8 +49,12 @@ class ModelSpec(_Table):
     name: str = Field(
         default="resnet18-cifar", description="a built-in name, torchvision/NAME, file.py:function, module:function"
     )
-    width: int | None = Field(default=None, ge=1, description="base width of the CIFAR networks (resnet18-cifar: 64)")
-    num_classes: int | None = Field(default=None, ge=2, description="default: the model's own (10, or torchvision's 1000)")
+    width: int | None = Field(
+        default=None, ge=1, le=100_000, description="base width of the CIFAR networks (resnet18-cifar: 64)"
+    )
+    num_classes: int | None = Field(
+        default=None, ge=2, le=10_000_000, description="default: the model's own (10, or torchvision's 1000)"
+    )
     activation: Literal["model", "sigmoid", "relu", "tanh", "leaky_relu", "gelu", "silu"] = Field(
         default="model", description="replace every activation of the model; 'model' leaves them"
     )
@@ -189,7 +200,7 @@ class RunSpec(_Table):
 
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the attack")
     device: str = Field(default="auto", description="auto | cpu | cuda | cuda:N | mps")
-    threads: int | None = Field(default=None, ge=1, description="CPU threads (default: torch's own choice)")
+    threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads (default: torch's own choice)")
     data: DataSpec = DataSpec()
     model: ModelSpec = ModelSpec()
     client: ClientSpec = ClientSpec()
@@ -263,14 +274,22 @@ def parse(table: dict[str, Any], *, where: str = "specification") -> RunSpec:
 def describe(error: ValidationError, root: type[BaseModel]) -> str:
     """Pydantic's findings as one line each: the dotted key, what was expected and found, the nearest known key."""
     lines = []
-    for item in error.errors():
+    faults = error.errors(include_url=False)
+    for item in faults[:MAX_FAULTS]:
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             fields = _fields_at(root, item["loc"][:-1])
             lines.append(f"unknown key {key!r}{nearest(str(item['loc'][-1]), fields)}")
         else:
-            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (found {item['input']!r})")
+            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (found {shown(item['input'])})")
+    if len(faults) > MAX_FAULTS:
+        lines.append(f"and {len(faults) - MAX_FAULTS} more")
     return "; ".join(lines)
+
+
+def shown(value: Any) -> str:
+    """What was found, short enough for a message."""
+    return printable(reprlib.repr(value) if isinstance(value, (dict, list)) else repr(value), most=200)
 
 
 def dump(spec: RunSpec, *, leave_out: set[str] | None = None) -> str:
@@ -280,25 +299,32 @@ def dump(spec: RunSpec, *, leave_out: set[str] | None = None) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise SpecError(f"{path}: no such specification file")
-    if path.stat().st_size > MAX_SPEC_BYTES:
-        raise SpecError(f"{path}: larger than {MAX_SPEC_BYTES} bytes; is it a TOML specification?")
+    text = read_text(path, most=MAX_SPEC_BYTES, what="a TOML specification", error=SpecError)
+    return _toml(text, where=str(path))
+
+
+def _toml(text: str, *, where: str) -> dict[str, Any]:
+    if any(piece.count(".") >= MAX_KEY_PARTS for piece in re.split(r"[=,\[\]{}\n]", text)):
+        raise SpecError(f"{where}: a key of more than {MAX_KEY_PARTS} parts; is it a TOML specification?")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: not valid TOML: {error}") from None
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{where}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise SpecError(f"{where}: not valid TOML: nested too deeply") from None
 
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+        return _toml(f"v = {text}", where="--set")["v"]
+    except SpecError:
         return text
 
 
 def _assign(table: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
+    if len(parents) >= MAX_KEY_PARTS:
+        raise SpecError(f"--set {key}: a key of more than {MAX_KEY_PARTS} parts")
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
