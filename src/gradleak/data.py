@@ -194,9 +194,9 @@ def _folder(spec: DataSpec, root: Path) -> Truth:
     if numbered and (largest := max(classes, key=lambda name: (len(name.lstrip("0")), name))) and len(largest) > 9:
         raise DataError(f"{spec.source}: class number {largest} is larger than {MAX_LABEL}")
     images, labels, names = [], [], []
-    inside = root.resolve()
+    inside = Path(os.path.realpath(root))
     for file in [files[row] for row in _rows(spec, len(files))]:
-        if not file.resolve().is_relative_to(inside):
+        if not Path(os.path.realpath(file)).is_relative_to(inside):
             raise DataError(f"{file}: is a symbolic link that leads out of {root}; copy the image there")
         image = _decode(file)
         images.append(_resize(image, _centre(image.width, image.height), spec.size or 224))
@@ -274,7 +274,10 @@ def _read_rows(
         # version 1 bounds the header at 64 KiB; later ones serve structured types only
         if np.lib.format.read_magic(stream) != (1, 0):
             raise DataError(f"{where}: unknown .npy version; expected a plain array of numbers")
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+        try:
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+        except Exception as cause:  # the header is a Python literal, and its tokenizer and parser raise many kinds
+            raise DataError(f"{where}: its header is not readable: {cause}") from None
         if dtype.kind not in kinds or (dtype.kind == "u" and ndim == 4 and dtype != np.uint8):
             raise DataError(f"{where}: type {dtype}; expected {'uint8 or float' if ndim == 4 else 'integers'}")
         if len(shape) != ndim or not all(isinstance(n, int) and 0 < n < 1 << 48 for n in shape):
@@ -304,7 +307,7 @@ def _decode(file: Traversable) -> Image.Image:
     opened = open_regular(file, what="an image", error=DataError) if isinstance(file, Path) else file.open("rb")
     try:
         # these formats only: others of Pillow's run programs (EPS) or are seldom tested
-        with opened as stream, warnings.catch_warnings(), Image.open(stream, formats=FORMATS) as image:
+        with opened as stream, _no_warnings(), Image.open(stream, formats=FORMATS) as image:
             if image.mode.startswith(("I", "F")):
                 raise DataError(f"{file}: more than 8 bits a channel (mode {image.mode}); convert it to 8 bits first")
             if image.width * image.height > MAX_IMAGE_PIXELS:
@@ -314,6 +317,14 @@ def _decode(file: Traversable) -> Image.Image:
         raise
     except Exception as cause:  # Pillow's decoders raise many kinds on damaged files
         raise DataError(f"{file}: not a readable image: {type(cause).__name__}: {cause}") from None
+
+
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Pillow warns of what it then refuses or repairs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _centre(width: int, height: int) -> tuple[float, float, float, float]:

@@ -16,6 +16,8 @@ def printable(text: str, *, most: int = MAX_MESSAGE) -> str:
     the direction of text, lone surrogates) are written out: ``\x1b``, ``\u202e``. What is longer than ``most`` characters is
     cut in the middle, and says so.
     """
+    if len(text) <= most and text.isprintable():
+        return text
     if len(text) > most:
         cut = f" [... {len(text) - most} characters left out ...] "
         text = text[: most * 2 // 3] + cut + text[len(text) - most // 3 :]

@@ -163,6 +163,8 @@ def evaluate_run(folder: Path, truth: Truth, *, lpips: str = "auto", redact: boo
         OutputError: The folder is not a run folder, or has no pictures any more.
         DataError: The truth has another number or shape of images.
     """
+    if lpips not in ("auto", "off"):
+        load_lpips(lpips)  # a wrong file is an error, not a note
     run = read_run(folder)
     result = _finish(
         folder,

@@ -6,7 +6,7 @@ import re
 import reprlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -53,7 +53,7 @@ class ModelSpec(_Table):
         default=None, ge=1, le=100_000, description="base width of the CIFAR networks (resnet18-cifar: 64)"
     )
     num_classes: int | None = Field(
-        default=None, ge=2, le=10_000_000, description="default: the model's own (10, or torchvision's 1000)"
+        default=None, ge=2, le=1_000_000, description="default: the model's own (10, or torchvision's 1000)"
     )
     activation: Literal["model", "sigmoid", "relu", "tanh", "leaky_relu", "gelu", "silu"] = Field(
         default="model", description="replace every activation of the model; 'model' leaves them"
@@ -333,10 +333,14 @@ def _assign(table: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _fields_at(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """The keys of the table at ``loc``: in a list, of its entries; of an optional table, of the table."""
+    kind: Any = root
     for part in loc:
-        field = root.model_fields[str(part)]
-        root = field.annotation  # type: ignore[assignment]
-    return list(root.model_fields)
+        if not isinstance(part, int):
+            kind = kind.model_fields[part].annotation
+        while not hasattr(kind, "model_fields"):
+            kind = get_args(kind)[0]
+    return list(kind.model_fields)
 
 
 def _without_none(value: Any) -> Any:

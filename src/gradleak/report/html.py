@@ -305,8 +305,13 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
 
 
+def _finalised(value: Any) -> Any:
+    """Foreign text has no control characters on the page; Jinja escapes its markup after this."""
+    return printable(value, most=len(value)) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _environment() -> Environment:
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_finalised)
     environment.filters["number"] = _number
     environment.filters["plain"] = _plain
     environment.filters["uri"] = lambda image, longest=512: png_data_uri(picture(image, longest=longest))
