@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
 import shutil
 import sys
@@ -20,6 +21,8 @@ from fuzz import targets
 #: Inputs of each target in ``make test``; ``make fuzz`` sets the environment variable.
 EXAMPLES = int(os.environ.get("GRADLEAK_FUZZ_EXAMPLES", "60"))
 NIGHTLY = "GRADLEAK_FUZZ_EXAMPLES" in os.environ
+#: Targets that build a model or render a page for each input get fewer.
+SHARES = {"backbone": 0.01, "weights": 0.05, "result": 0.2, "observation": 0.3, "reconstruction": 0.3, "safetensors": 0.5}
 #: What one input may take: seconds, and bytes of address space beyond what the process had.
 SECONDS = 5
 MEMORY = 4 << 30
@@ -29,13 +32,19 @@ MEMORY = 4 << 30
 def examples() -> Callable[[str], Any]:
     """Target -> settings: the same inputs each time in ``make test``, new ones each time in ``make fuzz``."""
     return lambda name: settings(
-        # a backbone is read as weights are, then a VGG-16 is built to compare with
-        max_examples=max(5, EXAMPLES // 20) if name == "backbone" else EXAMPLES,
+        max_examples=max(5, round(EXAMPLES * SHARES.get(name, 1))),
         deadline=SECONDS * 1000,
         derandomize=not NIGHTLY,
         database=None,
         suppress_health_check=list(HealthCheck),
     )
+
+
+@pytest.fixture(scope="session")
+def mutations(request: pytest.FixtureRequest) -> Callable[[str], tuple[random.Random, int]]:
+    """Target -> a source of random numbers, and how many inputs to make with it."""
+    seed = request.config.getoption("hypothesis_seed") or "0"
+    return lambda name: (random.Random(f"{seed} {name}"), max(5, round(EXAMPLES * SHARES.get(name, 1))))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,7 +87,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
             "seconds": round(time.monotonic() - config.stash.get(_START, time.monotonic())),
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             "parsers": rows,
-            "command": f"GRADLEAK_FUZZ_EXAMPLES={EXAMPLES} make fuzz",
+            "command": os.environ.get("GRADLEAK_FUZZ_COMMAND", "pytest tests/fuzz"),
             "python": sys.version.split()[0],
             "gradleak": gradleak.__version__,
         }

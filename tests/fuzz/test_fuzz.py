@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -120,6 +121,32 @@ def test_files(name: str, examples: Callable[[str], Any]) -> None:
         targets.TARGETS[name](content)
 
     run()
+
+
+@pytest.mark.parametrize("name", [*BINARY, *JSON_LIKE, "specification"])
+def test_mutations(name: str, mutations: Callable[[str], tuple[random.Random, int]]) -> None:
+    """Good files with a few bytes changed at random: cheaper than Hypothesis, so that there can be many of them."""
+    generator, count = mutations(name)
+    seeds = targets.seeds()[name]
+    for _ in range(count):
+        content = bytearray(generator.choice(seeds))
+        for _ in range(generator.randint(1, 4)):
+            at = generator.randrange(len(content) + 1)
+            kind = generator.randrange(5)
+            if kind == 0:
+                content[at : at + 1] = generator.randbytes(1)
+            elif kind == 1:
+                content[at : at + 1] = generator.choice(b'"{}[]:,-.0129eN/\x00\x80\xff').to_bytes(1, "little")
+            elif kind == 2:
+                del content[at : at + generator.randint(1, 16)]
+            elif kind == 3:
+                content[at:at] = content[at - generator.randint(0, at) : at][:32]
+            else:
+                content[at : at + 8] = generator.choice([0, 1, 0xFF, 2**31, 2**40, 2**63, 2**64 - 1]).to_bytes(8, "little")
+        try:
+            targets.TARGETS[name](bytes(content))
+        except Exception as crash:
+            raise AssertionError(f"{name}: {bytes(content)!r}") from crash
 
 
 def keys() -> list[str]:
