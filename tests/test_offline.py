@@ -76,9 +76,9 @@ def test_no_command_connects(tmp_path: Path) -> None:
     [
         (
             ["data.source=cifar10", "data.download=true", "data.root={}"],
-            "gradleak: fetching cifar10 (170 MB) from www.cs.toronto.edu",
+            "cifar10 (170 MB) from www.cs.toronto.edu",
         ),
-        (["evaluate.lpips=download"], "gradleak: fetching VGG-16 for LPIPS (528 MB) from download.pytorch.org"),
+        (["evaluate.lpips=download"], "VGG-16 for LPIPS (528 MB) from download.pytorch.org"),
     ],
 )
 def test_a_download_is_announced_before_it_starts(options: list[str], words: str, tmp_path: Path) -> None:
@@ -94,10 +94,10 @@ def test_a_download_is_announced_before_it_starts(options: list[str], words: str
     ("options", "words"),
     [
         (
-            ["--set", "data.source=cifar10", "--set", "data.download=true"],
+            ["data.source=cifar10", "data.download=true"],
             ["cifar10", "www.cs.toronto.edu", "cifar-10-python.tar.gz"],
         ),
-        (["--set", "evaluate.lpips=download"], ["VGG-16", "download.pytorch.org", "vgg16-397923af.pth"]),
+        (["evaluate.lpips=download"], ["VGG-16", "download.pytorch.org", "vgg16-397923af.pth"]),
     ],
 )
 def test_offline_forbids_it_and_says_where_to_put_the_file(
