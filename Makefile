@@ -40,7 +40,7 @@ oldest:
 	.venv-oldest/bin/python tools/lower_bounds.py test > .venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/constraints.txt '.[test]'
 	.venv-oldest/bin/python -m pip uninstall --quiet --yes gradleak
-	PYTHONPATH=src .venv-oldest/bin/python -m pytest
+	PYTHONPATH=$(CURDIR)/src .venv-oldest/bin/python -m pytest
 
 newest:
 	$(PYTHON) -m venv --clear .venv-newest
