@@ -314,7 +314,7 @@ BAD_AUDITS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "unknown activation": (tiny(model_activation="sigmoidal"), ["model.activation", "'sigmoidal'", "sigmoid"]),
     "unknown source": (tiny(data_source="cifar11"), ["data.source", "'cifar11'", "did you mean 'cifar10'?"]),
-    "missing npz": (tiny(data_source="npz:absent.npz"), ["npz:absent.npz", "no such file"]),
+    "missing npz": (tiny(data_source="npz:absent.npz"), ["absent.npz", "no such file"]),
     "more images than there are": (tiny(data_batch="5000"), ["sample has", "data.start + data.batch = 5000"]),
     "label out of range": (tiny(model_num_classes="2", data_batch="4"), ["label 2", "2 classes", "model.num_classes"]),
     "images too small for the model": (
@@ -328,7 +328,7 @@ BAD_AUDITS: dict[str, tuple[list[str], list[str]]] = {
     "unknown loss": (tiny(client_loss="mse"), ["client.loss", "'mse'", "cross-entropy"]),
     "unknown device": (tiny(device="gpu"), ["device", "'gpu'", "available: cpu"]),
     "absent CUDA device": (tiny(device=absent_cuda()), ["device", absent_cuda(), "available: cpu"]),
-    "missing spec": (["absent.toml"], ["absent.toml", "no such specification file"]),
+    "missing spec": (["absent.toml"], ["absent.toml", "no such file", "a TOML specification"]),
 }
 # these networks have no width
 for _name in ("unknown torchvision model", "images too small for the model"):

@@ -158,7 +158,7 @@ def test_damaged_generator_files_are_named(file: Path, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=r"other\.safetensors"):
             Generator.load(other)
     # a header alone cannot ask for memory
-    write_tensors(other, tensors, {**metadata, "generator": '{"image_shape": [3, 8, 8], "latent": 8, "width": 100000000}'})
+    write_tensors(other, tensors, {**metadata, "generator": '{"image_shape": [3, 8, 8], "latent": 8, "width": 100000}'})
     with pytest.raises(ModelError, match="has shape"):
         Generator.load(other)
 

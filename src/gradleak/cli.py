@@ -1,4 +1,4 @@
-"""The command line: audit, capture, invert, evaluate, check, list."""
+"""The command line: audit, capture, invert, evaluate, purge, check, train-generator, list."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from gradleak.errors import GradleakError, OutputError, SpecError, nearest
+from gradleak.errors import GradleakError, OutputError, SpecError, nearest, printable
 
 app = typer.Typer(
     name="gradleak",
@@ -31,6 +31,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the unfinishe
 MemoryLimit = Annotated[
     float | None, typer.Option("--memory-limit", metavar="MIB", help="Memory that the attack may take (memory_limit_mb)")
 ]
+Redact = Annotated[bool, typer.Option("--redact", help="Keep the figures and no picture: no reconstruction is written")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress")]
 UpdateFile = Annotated[Path, typer.Argument(metavar="UPDATE", help="update.safetensors, as `capture` writes it")]
 
@@ -44,6 +45,7 @@ def audit(
     force: Force = False,
     resume: Resume = False,
     memory_limit: MemoryLimit = None,
+    redact: Redact = False,
     quiet: Quiet = False,
 ) -> None:
     """Simulate a client, attack its update, evaluate, report; each pair of them with [matrix] in the specification.
@@ -59,12 +61,14 @@ def audit(
         spec = out / "spec.toml"
     loaded = load(spec, _limited(set_, memory_limit))
     if loaded.matrix.given:
-        found = matrix.audit_matrix(loaded, out, force=force, resume=resume, progress=not quiet, command=_command())
+        found = matrix.audit_matrix(
+            loaded, out, force=force, resume=resume, progress=not quiet, command=_command(), redact=redact
+        )
         for line in matrix.lines(found):
-            typer.echo(line)
+            _echo(line)
         _print_report(out, found)
         return
-    result = run.audit(loaded, out, force=force, resume=resume, progress=not quiet, command=_command())
+    result = run.audit(loaded, out, force=force, resume=resume, progress=not quiet, command=_command(), redact=redact)
     _print_result(result, out)
 
 
@@ -90,10 +94,10 @@ def capture(
             run.prepare_file(path, force=force)
     client = run.simulate_client(loaded)
     client.observation.save(out)
-    typer.echo(f"update: {out} ({client.operator.parameters:,} numbers from {client.observation.batch} images)")
+    _echo(f"update: {out} ({client.operator.parameters:,} numbers from {client.observation.batch} images)")
     if truth is not None:
         client.truth.save(truth)
-        typer.echo(f"truth: {truth} (private images: keep it to yourself)")
+        _echo(f"truth: {truth} (private images: keep it to yourself)")
 
 
 @app.command()
@@ -111,6 +115,7 @@ def invert(
     force: Force = False,
     resume: Resume = False,
     memory_limit: MemoryLimit = None,
+    redact: Redact = False,
     quiet: Quiet = False,
 ) -> None:
     """Attack a saved update. There is no truth, so there is no score: see `evaluate`."""
@@ -121,7 +126,15 @@ def invert(
     observation = Observation.load(update, loss=loss)
     spec = run.spec_for(observation, model=model, overrides=_limited(set_, memory_limit), where=str(update))
     result = run.invert_observation(
-        observation, spec, out, where=str(update), force=force, resume=resume, progress=not quiet, command=_command()
+        observation,
+        spec,
+        out,
+        where=str(update),
+        force=force,
+        resume=resume,
+        progress=not quiet,
+        command=_command(),
+        redact=redact,
     )
     _print_result(result, out)
 
@@ -132,12 +145,31 @@ def evaluate(
     *,
     truth: Annotated[Path, typer.Option("--truth", metavar="FILE", help="The private batch, as `capture` writes it")],
     lpips: Annotated[str, typer.Option(help="auto, off, download, or a safetensors file of VGG-16's features")] = "auto",
+    redact: Annotated[
+        bool, typer.Option("--redact", help="Keep the figures, and remove every picture from the folder")
+    ] = False,
 ) -> None:
     """Score a reconstruction against the truth, and write its report anew."""
     from gradleak import run
     from gradleak.observation import Truth
 
-    _print_result(run.evaluate_run(folder, Truth.load(truth), lpips=lpips), folder)
+    _print_result(run.evaluate_run(folder, Truth.load(truth), lpips=lpips, redact=redact), folder)
+
+
+@app.command()
+def purge(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder, or a folder with run folders in it")],
+) -> None:
+    """Remove reconstructions, pictures and checkpoints from run folders; figures, logs and specifications stay.
+
+    Files are unlinked, not overwritten: disks, snapshots and backups may keep copies.
+    """
+    from gradleak import results
+
+    changed = results.purge(folder)
+    for path in changed:
+        _echo(f"{'rewritten' if path.exists() else 'removed'}: {path}")
+    _echo(f"purged: {folder}. Copies on the disk itself, in snapshots and in backups may remain.")
 
 
 @app.command()
@@ -154,8 +186,11 @@ def check(
     from gradleak.spec import load
 
     found = measure(load(spec, set_))
-    for line in [json.dumps(found.to_dict(), indent=1, allow_nan=False)] if json_ else found.lines():
-        typer.echo(line)
+    if json_:
+        typer.echo(json.dumps(found.to_dict(), indent=1, allow_nan=False))
+        return
+    for line in found.lines():
+        _echo(line)
 
 
 @app.command("train-generator")
@@ -181,7 +216,7 @@ def train_generator(
     public = data.load(parse({"data": {"source": source, "batch": images, "start": start, "size": size}}).data).images
     trained = dcgan.train(public, rounds=rounds, width=width, latent=latent, seed=seed, device=run.choose_device(device))
     trained.save(out)
-    typer.echo(f"generator: {out}")
+    _echo(f"generator: {out}")
 
 
 @app.command("list")
@@ -202,22 +237,25 @@ def list_(
         raise SpecError(f"list: unknown {what!r}{nearest(what, known)}")
     for title, entries in known.items():
         if what in (None, title):
-            typer.echo(f"{title}:")
+            _echo(f"{title}:")
             width = max(len(name) for name in entries)
             for name, text in entries.items():
-                typer.echo(f"  {name:{width}}  {text}".rstrip())
+                _echo(f"  {name:{width}}  {text}".rstrip())
 
 
 def main() -> NoReturn:
     """Entry point: bad input gives one line on standard error and exit code 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.captureWarnings(True)
     try:
         app(standalone_mode=True)
     except GradleakError as error:
-        typer.echo(f"gradleak: error: {error}", err=True)
+        _echo(f"gradleak: error: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        typer.echo("gradleak: interrupted", err=True)
+        _echo("gradleak: interrupted", err=True)
         sys.exit(130)
     sys.exit(0)
 
@@ -236,33 +274,44 @@ def _command() -> str:
 
 
 def _print_result(result: dict[str, Any], folder: Path) -> None:
-    typer.echo(result["verdict"])
+    _echo(result["verdict"])
     for name, row in result.get("metrics", {}).items():
         if name != "mse" and row["mean"] is not None:
-            typer.echo(f"  {name:5}  mean {row['mean']:.3f}  median {row['median']:.3f}  worst {row['worst']:.3f}")
+            _echo(f"  {name:5}  mean {row['mean']:.3f}  median {row['median']:.3f}  worst {row['worst']:.3f}")
     found = result.get("identification")
     if found and found["candidates"] > 1:
-        typer.echo(
+        _echo(
             f"  identified: {100 * found['rate']['mse']:.4g} % of the true images are the nearest of "
             f"{found['candidates']} candidates (a guess: {100 * found['chance']:.2g} %)"
         )
     labels = result["labels"]
     if labels["rule"] != "known" and labels.get("accuracy") is not None:
-        typer.echo(
+        _echo(
             f"  labels by {labels['rule']}: {100 * labels['accuracy']:.4g} % right, {100 * labels['classes_found']:.4g} % of "
             f"the classes found, {100 * labels['counts_exact']:.4g} % of the counts exact"
         )
     for name, note in result.get("notes", {}).items():
-        typer.echo(f"  {name:5}  not computed: {note}")
+        _echo(f"  {name:5}  not computed: {note}")
     cost = result["cost"]
-    typer.echo(f"  {cost['rounds']} rounds in {cost['seconds']:.0f} s; matching loss {result['matching_loss']:.2e}")
+    _echo(f"  {cost['rounds']} rounds in {cost['seconds']:.0f} s; matching loss {result['matching_loss']:.2e}")
     _print_report(folder, result)
 
 
 def _print_report(folder: Path, result: dict[str, Any]) -> None:
-    typer.echo(f"report: {(folder / 'report.html').resolve()}")
-    typer.echo("It shows private images: keep the folder to yourself.")
+    _echo(f"report: {(folder / 'report.html').resolve()}")
+    if not result.get("redacted"):
+        _echo("It shows private images: keep the folder to yourself.")
     if result.get("partial"):
-        typer.echo("The attack was interrupted: go on with the same command and --resume.", err=True)
+        _echo("The attack was interrupted: go on with the same command and --resume.", err=True)
         # as a shell reports a process that the signal ended
         raise typer.Exit(128 + signal.Signals[result["interrupted"]])
+
+
+def _echo(text: str, *, err: bool = False) -> None:
+    """One line to the terminal: names in it may come from a file, and must not steer the terminal."""
+    typer.echo(printable(text).encode(errors="backslashreplace").decode(), err=err)
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
+import io
 import math
 import os
+import struct
 import sys
+import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 import torch
@@ -17,7 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from gradleak.errors import DataError, nearest
-from gradleak.observation import Truth
+from gradleak.files import open_regular
+from gradleak.network import announce
+from gradleak.observation import MAX_LABEL, Truth
 from gradleak.spec import DataSpec
 
 if sys.version_info >= (3, 11):
@@ -82,7 +89,11 @@ PHOTOGRAPHS: dict[str, tuple[Box, ...]] = {
 }
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_BATCH_BYTES = 4 << 30
+MAX_MEMBER_BYTES = 64 << 30
+MAX_DIRECTORY_BYTES = 1_000_000
+MAX_IMAGE_PIXELS = 100_000_000
 
 
 def available() -> dict[str, str]:
@@ -163,12 +174,24 @@ def _sample(spec: DataSpec) -> Truth:
 
 def _cifar(spec: DataSpec) -> Truth:
     from torchvision import datasets  # slow to import, needed here only
+    from torchvision.datasets.utils import check_integrity
 
     dataset = datasets.CIFAR10 if spec.source == "cifar10" else datasets.CIFAR100
     root = (spec.root or _cache()).expanduser()
+    archive = root / dataset.filename
     try:
         # torchvision reads the pickles inside only after their checksums have matched
-        data = dataset(root, train=True, download=spec.download)
+        try:
+            data = dataset(root, train=True)
+        except RuntimeError:  # not there, or another checksum
+            if not spec.download:
+                raise
+            if not check_integrity(archive, dataset.tgz_md5):
+                announce(dataset.url, what=f"{spec.source} (170 MB)", file=archive, error=DataError)
+            with contextlib.redirect_stdout(sys.stderr):
+                data = dataset(root, train=True, download=True)
+    except DataError:
+        raise
     except Exception as cause:  # from the network, the archive or the disk
         raise DataError(
             f"{spec.source}: no intact {root / dataset.base_folder} ({cause}). Set data.download = true; without a "
@@ -186,13 +209,20 @@ def _folder(spec: DataSpec, root: Path) -> Truth:
     if not root.is_dir():
         raise DataError(f"{spec.source}: no such folder; {expected}")
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    files = [file for name in classes for file in (root / name).rglob("*") if file.suffix.lower() in SUFFIXES]
+    # os.walk does not follow links to folders, so a link in a loop costs nothing
+    walks = ((folder, names) for name in classes for folder, _, names in os.walk(root / name))
+    files = [Path(folder, name) for folder, names in walks for name in names if Path(name).suffix.lower() in SUFFIXES]
     files.sort(key=lambda file: file.relative_to(root).parts)
     if not files:
         raise DataError(f"{spec.source}: no images; {expected}, an image being one of {', '.join(sorted(SUFFIXES))}")
     numbered = all(name.isdecimal() for name in classes)
+    if numbered and (largest := max(classes, key=lambda name: (len(name.lstrip("0")), name))) and len(largest) > 9:
+        raise DataError(f"{spec.source}: class number {largest} is larger than {MAX_LABEL}")
     images, labels, names = [], [], []
+    inside = Path(os.path.realpath(root))
     for file in [files[row] for row in _rows(spec, len(files))]:
+        if not Path(os.path.realpath(file)).is_relative_to(inside):
+            raise DataError(f"{file}: is a symbolic link that leads out of {root}; copy the image there")
         image = _decode(file)
         images.append(_resize(image, _centre(image.width, image.height), spec.size or 224))
         name = file.relative_to(root).parts[0]
@@ -202,18 +232,18 @@ def _folder(spec: DataSpec, root: Path) -> Truth:
 
 
 def _npz(spec: DataSpec, path: Path) -> Truth:
-    if not path.is_file():
-        raise DataError(f"{spec.source}: no such file")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path, what="a .npz archive", error=DataError) as file, _archive(file) as archive:
             stored, count = _read_rows(archive, path, ("x", "images"), spec, ndim=4, kinds="uf")
             labels, labelled = _read_rows(archive, path, ("y", "labels"), spec, ndim=1, kinds="ui")
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, RuntimeError) as cause:
+    except (zipfile.BadZipFile, zlib.error, struct.error, OSError, ValueError, EOFError, RuntimeError) as cause:
         raise DataError(f"{path}: not a readable .npz archive: {cause}") from None
     if count != labelled:
         raise DataError(f"{path}: {count} images but {labelled} labels")
     if labels.min() < 0:
         raise DataError(f"{path}: label {labels.min()} is negative; classes count from 0")
+    if labels.max() > MAX_LABEL:
+        raise DataError(f"{path}: label {labels.max()} is larger than {MAX_LABEL}")
     images = torch.from_numpy(stored.astype(np.float32))
     if stored.dtype == np.uint8:
         images /= 255
@@ -228,6 +258,26 @@ def _npz(spec: DataSpec, path: Path) -> Truth:
     return Truth(_fit(images.contiguous(), spec.size), torch.from_numpy(labels.astype(np.int64)), names)
 
 
+class _Directory(io.BufferedReader):
+    """A file from which nothing larger than an archive's directory is read, until ``most`` is lifted."""
+
+    most: float = MAX_DIRECTORY_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > self.most:
+            raise zipfile.BadZipFile(f"its directory has {size} bytes, at most {MAX_DIRECTORY_BYTES}")
+        return super().read(size)
+
+
+@contextlib.contextmanager
+def _archive(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
+    """An archive whose directory was bounded before it was read; its members are numpy's own, stored or deflated."""
+    reader = _Directory(cast(io.RawIOBase, file))
+    with zipfile.ZipFile(reader) as archive:
+        reader.most = math.inf
+        yield archive
+
+
 def _read_rows(
     archive: zipfile.ZipFile, path: Path, keys: tuple[str, ...], spec: DataSpec, *, ndim: int, kinds: str
 ) -> tuple[np.ndarray, int]:
@@ -240,14 +290,22 @@ def _read_rows(
         there = ", ".join(name.removesuffix(".npy") for name in archive.namelist()[:8])
         raise DataError(f"{path}: no array {' or '.join(map(repr, keys))}; found: {there or 'nothing'}")
     where = f"{path}: array {member.removesuffix('.npy')!r}"
+    entry = archive.getinfo(member)
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(f"{where}: compressed by another method than np.savez_compressed uses")
+    if entry.file_size > MAX_MEMBER_BYTES:
+        raise DataError(f"{where}: {entry.file_size} bytes when unpacked, at most {MAX_MEMBER_BYTES}")
     with archive.open(member) as stream:
         # version 1 bounds the header at 64 KiB; later ones serve structured types only
         if np.lib.format.read_magic(stream) != (1, 0):
             raise DataError(f"{where}: unknown .npy version; expected a plain array of numbers")
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+        try:
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+        except Exception as cause:  # the header is a Python literal, and its tokenizer and parser raise many kinds
+            raise DataError(f"{where}: its header is not readable: {cause}") from None
         if dtype.kind not in kinds or (dtype.kind == "u" and ndim == 4 and dtype != np.uint8):
             raise DataError(f"{where}: type {dtype}; expected {'uint8 or float' if ndim == 4 else 'integers'}")
-        if len(shape) != ndim or min(shape) < 1:
+        if len(shape) != ndim or not all(isinstance(n, int) and 0 < n < 1 << 48 for n in shape):
             raise DataError(f"{where}: shape {shape}; expected {'N x H x W x C or N x C x H x W' if ndim == 4 else 'N'}")
         if fortran_order and ndim > 1:
             raise DataError(f"{where}: in Fortran order; save np.ascontiguousarray of it")
@@ -272,15 +330,27 @@ def _rows(spec: DataSpec, count: int) -> range:
 
 
 def _decode(file: Traversable) -> Image.Image:
+    opened = open_regular(file, what="an image", error=DataError) if isinstance(file, Path) else file.open("rb")
     try:
-        with file.open("rb") as stream, Image.open(stream) as image:
+        # these formats only: others of Pillow's run programs (EPS) or are seldom tested
+        with opened as stream, _no_warnings(), Image.open(stream, formats=FORMATS) as image:
             if image.mode.startswith(("I", "F")):
                 raise DataError(f"{file}: more than 8 bits a channel (mode {image.mode}); convert it to 8 bits first")
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise DataError(f"{file}: {image.width} x {image.height} pixels, at most {MAX_IMAGE_PIXELS} in all")
             return image.convert("RGB")
     except DataError:
         raise
     except Exception as cause:  # Pillow's decoders raise many kinds on damaged files
         raise DataError(f"{file}: not a readable image: {type(cause).__name__}: {cause}") from None
+
+
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Pillow warns of what it then refuses or repairs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _centre(width: int, height: int) -> tuple[float, float, float, float]:

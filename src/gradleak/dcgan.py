@@ -18,10 +18,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from gradleak.cinet import SigmoidOutput
 from gradleak.errors import DataError, DivergedError, ModelError
+from gradleak.files import parse_json
 from gradleak.tensors import check_state, read_tensors, write_tensors
 
 FORMAT = "gradleak-generator"
 VERSION = 1
+#: Largest number of pixels, channels or latents that a file may name.
+MAX_SIZE = 100_000
 
 log = logging.getLogger(__name__)
 
@@ -81,13 +84,13 @@ class Generator(nn.Module):
             found = f"format {metadata.get('format')!r}, version {metadata.get('version')!r}"
             raise ModelError(f"{path}: {found}; expected {FORMAT!r}, {str(VERSION)!r}, as `gradleak train-generator` writes it")
         try:
-            sizes = json.loads(metadata["generator"])
-            colours, height, pixels = (int(n) for n in sizes["image_shape"])
+            sizes = parse_json(metadata["generator"], where=f"{path}: the generator's sizes", error=ModelError)
+            colours, height, pixels, latent, width = (
+                _size(n) for n in (*sizes["image_shape"], sizes["latent"], sizes["width"])
+            )
             # on the meta device: a header cannot ask for memory, only the tensors in the file take any
             with torch.device("meta"):
-                generator = Generator(
-                    image_shape=(colours, height, pixels), latent=int(sizes["latent"]), width=int(sizes["width"])
-                )
+                generator = Generator(image_shape=(colours, height, pixels), latent=latent, width=width)
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as fault:
             raise ModelError(f"{path}: the generator's sizes in the header are not valid: {fault}") from None
         state = generator.state_dict()
@@ -180,6 +183,12 @@ def train(
             if t % max(1, rounds // 10) == 0:
                 log.info("round %d/%d: critic %.3f, generator %.3f", t, rounds, *losses)
     return generator.cpu().eval()
+
+
+def _size(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_SIZE:
+        raise ValueError(f"found {value!r}, expected a number from 1 to {MAX_SIZE}")
+    return value
 
 
 def _game(logits: Tensor, target: float) -> Tensor:

@@ -5,9 +5,37 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+#: Longest message of an error: text of a hostile file can be quoted in it.
+MAX_MESSAGE = 2000
+
+
+def printable(text: str, *, most: int = MAX_MESSAGE) -> str:
+    r"""``text`` on one line, safe to show in a terminal, a log or a page, whoever wrote it.
+
+    Line breaks and tabs become spaces. Other characters that do not print (escape sequences, controls, marks that reverse
+    the direction of text, lone surrogates) are written out: ``\x1b``, ``\u202e``. What is longer than ``most`` characters is
+    cut in the middle, and says so.
+    """
+    if len(text) <= most and text.isprintable():
+        return text
+    if len(text) > most:
+        cut = f" [... {len(text) - most} characters left out ...] "
+        text = text[: most * 2 // 3] + cut + text[len(text) - most // 3 :]
+    return "".join(c if c.isprintable() else " " if c in "\n\r\t" else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
 
 class GradleakError(Exception):
-    """Bad input or an impossible request. The command line prints its message alone and exits with code 2."""
+    """Bad input or an impossible request. The command line prints its message alone and exits with code 2.
+
+    The message is :func:`printable`: it may quote files that other people wrote.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class SpecError(GradleakError):
@@ -45,5 +73,5 @@ class DivergedError(GradleakError):
 def nearest(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the closest of ``known``, else a list of what there is."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word[:100], known, n=1, cutoff=0.5)  # its time grows with the square of the length
     return f"; did you mean {close[0]!r}?" if close else f"; known are: {', '.join(known)}"

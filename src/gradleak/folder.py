@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from gradleak.errors import GradleakError, OutputError
 
 RESULT, RECONSTRUCTION, SPEC, LOG = "result.json", "reconstruction.safetensors", "spec.toml", "log.jsonl"
-REPORT, GRID = "report.html", "grid.png"
+REPORT, GRID, MATRIX = "report.html", "grid.png", "matrix.json"
 CHECKPOINT, CONTROL, LOCK = "checkpoint.safetensors", "checkpoint-control.safetensors", ".lock"
 
 #: What a finished run leaves.

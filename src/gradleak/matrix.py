@@ -21,14 +21,12 @@ from gradleak.defences import parse as defences_of
 from gradleak.errors import GradleakError, OutputError, SpecError, nearest
 from gradleak.evaluate import RECOGNISABLE_SSIM
 from gradleak.files import write_atomically
-from gradleak.folder import RECONSTRUCTION, REPORT, RESULT, SPEC, check_folder, open_folder
+from gradleak.folder import MATRIX, RECONSTRUCTION, REPORT, RESULT, SPEC, check_folder, open_folder
 from gradleak.observation import Truth
 from gradleak.report import MatrixData, render_matrix
 from gradleak.report.matrix import NO_DEFENCE, THUMBNAILS, verdict
 from gradleak.spec import MatrixSpec, RunSpec, dump
 from gradleak.tensors import read_tensors
-
-MATRIX = "matrix.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +81,7 @@ def audit_matrix(
     resume: bool = False,
     progress: bool = True,
     command: str = "",
+    redact: bool = False,
 ) -> dict[str, Any]:
     """:func:`gradleak.run.audit` for every cell; the client is simulated once for each defence.
 
@@ -98,6 +97,7 @@ def audit_matrix(
         resume: Keep the cells that are finished and have the same specification; run the others.
         progress: Show progress on standard error.
         command: How a reader of the report can repeat the matrix.
+        redact: Keep the figures and no picture.
 
     Returns:
         The content of ``matrix.json``.
@@ -118,7 +118,9 @@ def audit_matrix(
         if force:
             (out / MATRIX).unlink(missing_ok=True)
         write_atomically(out / SPEC, dump(spec))
-        matrix = _run_cells(spec, out, table, truth, kept, device, resume=resume, progress=progress, command=command)
+        matrix = _run_cells(
+            spec, out, table, truth, kept, device, resume=resume, progress=progress, command=command, redact=redact
+        )
     if all(row["error"] is not None for row in matrix["rows"]):
         raise GradleakError(
             f"no cell of the matrix could be run ({out / MATRIX} has all reasons): {matrix['rows'][0]['error']}"
@@ -137,6 +139,7 @@ def _run_cells(
     resume: bool,
     progress: bool,
     command: str,
+    redact: bool,
 ) -> dict[str, Any]:
     """One cell after another, until a signal ends one; matrix.json and report.html after each."""
     matrix: dict[str, Any] = {
@@ -144,6 +147,8 @@ def _run_cells(
         "version": 1,
         "attacks": list(dict.fromkeys(cell.attack for cell in table)),
         "defences": list(dict.fromkeys(cell.defence for cell in table)),
+        "images": len(truth.images),
+        "image_shape": list(truth.images.shape[1:]),
         "rows": [],
         "seed": spec.seed,
         "device": str(device),
@@ -171,7 +176,7 @@ def _run_cells(
                     continue
             else:
                 client = client if client is not None else _simulate(cell.spec)
-                rows[cell.folder] = _run(cell, out / cell.folder, client, resume=resume, progress=progress)
+                rows[cell.folder] = _run(cell, out / cell.folder, client, resume=resume, progress=progress, redact=redact)
             interrupted = rows[cell.folder]["interrupted"]
             matrix |= {"partial": interrupted is not None, "interrupted": interrupted}
             _write(out, matrix, [rows[other.folder] for other in _by_attack(table) if rows[other.folder]], truth)
@@ -279,14 +284,16 @@ def _simulate(spec: RunSpec) -> run.Client | GradleakError:
         return fault
 
 
-def _run(cell: Cell, folder: Path, client: run.Client | GradleakError, *, resume: bool, progress: bool) -> dict[str, Any]:
+def _run(
+    cell: Cell, folder: Path, client: run.Client | GradleakError, *, resume: bool, progress: bool, redact: bool
+) -> dict[str, Any]:
     """A cell's row, after its run."""
     command = shlex.join(["gradleak", "audit", str(folder / SPEC)])
     try:
         if isinstance(client, GradleakError):
             raise client
         result = run.audit(
-            cell.spec, folder, force=not resume, resume=resume, progress=progress, command=command, client=client
+            cell.spec, folder, force=not resume, resume=resume, progress=progress, command=command, redact=redact, client=client
         )
     except OutputError:  # the disk is full, say: the next cell would not fare better
         raise
@@ -338,7 +345,7 @@ def _write(out: Path, matrix: dict[str, Any], rows: list[dict[str, Any]], truth:
     matrix["rows"] = rows
     pictures = {row["folder"]: _thumbnails(out / row["folder"]) for row in rows if row["error"] is None}
     thumbnails = {folder: images for folder, images in pictures.items() if images is not None}
-    page = render_matrix(MatrixData(matrix=matrix, truth=truth, thumbnails=thumbnails))
+    page = render_matrix(MatrixData(matrix=matrix, originals=truth.images, thumbnails=thumbnails))
     write_atomically(out / REPORT, [page.encode("utf-8", "replace")])
     write_atomically(out / MATRIX, json.dumps(matrix, indent=1, allow_nan=False) + "\n")
 

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision.models import VGG16_Weights
 
 from gradleak.errors import DataError, GradleakError
+from gradleak.network import announce
 from gradleak.tensors import check_state, read_tensors
 
 #: Largest PSNR reported, in dB: identical images have an infinite one, which JSON cannot hold.
@@ -156,14 +157,15 @@ def _lpips_network(file: str | None) -> nn.Module:
         where, backbone = str(_checkpoint()), _torchvision_vgg16()
     else:
         where, (backbone, _) = file, read_tensors(Path(file), error=LpipsUnavailable)
-    network = _blank_lpips()
-    state = network.net.state_dict()
+    blank = _blank_lpips()
+    state = blank.net.state_dict()
     names = {key: f"features.{key.partition('.')[2]}" for key in state}  # slice2.5.bias is features.5.bias
     features = {name: tensor for name, tensor in backbone.items() if not name.startswith("classifier.")}
     expected = {names[key]: tensor.shape for key, tensor in state.items()}
     check_state(features, expected, where=f"{where} (VGG-16 for LPIPS)", error=LpipsUnavailable)
-    network.net.load_state_dict({key: features[name] for key, name in names.items()}, strict=True)
-    return network.float()
+    blank.net.load_state_dict({key: features[name] for key, name in names.items()}, strict=True)
+    lpips_network: nn.Module = blank.float()
+    return lpips_network
 
 
 def _checkpoint() -> Path:
@@ -173,7 +175,7 @@ def _checkpoint() -> Path:
 def _torchvision_vgg16() -> dict[str, Tensor]:
     path = _checkpoint()
     if not path.is_file():
-        print(f"gradleak: LPIPS needs VGG-16 (528 MB), fetching it once into {path}", file=sys.stderr)
+        announce(_VGG16.url, what="VGG-16 for LPIPS (528 MB)", file=path, error=LpipsUnavailable)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             state: dict[str, Tensor] = _VGG16.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)

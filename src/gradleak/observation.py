@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from torch import Tensor
 
 from gradleak.errors import DataError, ObservationError, SpecError
-from gradleak.spec import ClientSpec, DefenceSpec, ModelSpec
+from gradleak.files import parse_json
+from gradleak.spec import ClientSpec, DefenceSpec, ModelSpec, describe
 from gradleak.tensors import check_state, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -24,6 +25,11 @@ Update = dict[str, Tensor]
 FORMAT = "gradleak-observation"
 TRUTH_FORMAT = "gradleak-truth"
 VERSION = 1
+#: Largest label: arrays of this length are made to count labels.
+MAX_LABEL = 999_999
+#: Largest sides and number of values of a batch that an update file may name.
+MAX_SIDE = 2048
+MAX_VALUES = 2**28
 
 
 @dataclass(frozen=True)
@@ -56,21 +62,36 @@ class Truth:
             if key not in tensors:
                 raise DataError(f"{path}: no tensor {key!r}; expected a truth file as `gradleak capture --truth` writes it")
         images, labels = tensors["images"], tensors["labels"]
-        if images.ndim != 4 or not images.is_floating_point() or labels.shape != images.shape[:1]:
+        integers = not labels.is_floating_point() and labels.dtype != torch.bool
+        if images.ndim != 4 or not images.is_floating_point() or labels.shape != images.shape[:1] or not integers:
             raise DataError(
-                f"{path}: expected float images (B, C, H, W) and labels (B), "
-                f"found {images.dtype} {tuple(images.shape)} and {tuple(labels.shape)}"
+                f"{path}: expected float images (B, C, H, W) and integer labels (B), "
+                f"found {images.dtype} {tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}"
             )
+        if 0 in images.shape:
+            raise DataError(f"{path}: no image in it: images are {tuple(images.shape)}")
         if not bool(torch.isfinite(images).all()) or images.min() < 0 or images.max() > 1:
             raise DataError(f"{path}: images must be finite and in [0, 1]")
-        if bool((labels < 0).any()):
-            raise DataError(f"{path}: labels must not be negative, found {int(labels.min())}")
-        names = _json(path, metadata.get("names", "[]"), DataError)
+        check_labels(labels, where=str(path))
+        names = parse_json(metadata.get("names", "[]"), where=f"{path}: the names in the header", error=DataError)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise DataError(f"{path}: the names in the header must be a list of strings")
         if names and len(names) != len(images):
             raise DataError(f"{path}: {len(names)} names in the header for {len(images)} images")
         return Truth(images.float(), labels.long(), tuple(names))
+
+
+class _Header(BaseModel):
+    """The JSON object in an observation's file; files of the first release lack the last two keys."""
+
+    model_config = ConfigDict(strict=True, protected_namespaces=())
+
+    image_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(strict=False)
+    batch: PositiveInt
+    protocol: ClientSpec = Field(strict=False)
+    model: ModelSpec | None = Field(strict=False)
+    defences: tuple[DefenceSpec, ...] = Field(default=(), strict=False)
+    surrogate_data: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,7 +178,7 @@ class Observation:
             )
         if metadata.get("version") != str(VERSION):
             raise ObservationError(f"{path}: version {metadata.get('version')!r}, this release reads version {VERSION}")
-        header = _json(path, metadata.get("observation", ""), ObservationError)
+        written = parse_json(metadata.get("observation", ""), where=f"{path}: the observation header", error=ObservationError)
         parts: dict[str, dict[str, Tensor]] = {"update": {}, "weights": {}, "buffers": {}, "statistics": {}}
         for key, tensor in tensors.items():
             kind, slash, name = key.partition("/")
@@ -168,17 +189,16 @@ class Observation:
                     f"{path}: unexpected tensor {key!r}; known are update/*, weights/*, buffers/*, statistics/*, labels"
                 )
         try:
-            colours, height, width = (int(n) for n in header["image_shape"])
-            batch = int(header["batch"])
-            protocol = ClientSpec.model_validate(header["protocol"])
-            model = None if header["model"] is None else ModelSpec.model_validate(header["model"])
-            # files of the first release have none of these
-            defences = tuple(DefenceSpec.model_validate(defence) for defence in header.get("defences", []))
-            surrogate_data = bool(header.get("surrogate_data", False))
-        except (KeyError, TypeError, ValueError, OverflowError, ValidationError) as error:
-            raise ObservationError(f"{path}: the observation header is not valid: {error}") from None
-        if min(colours, height, width, batch) < 1 or colours * height * width * batch > 2**31:
-            raise ObservationError(f"{path}: {batch} images of shape {(colours, height, width)} are out of range")
+            header = _Header.model_validate(written)
+        except ValidationError as error:
+            raise ObservationError(f"{path}: the observation header is not valid: {describe(error, _Header)}") from None
+        (colours, height, width), batch = header.image_shape, header.batch
+        protocol, model = header.protocol, header.model
+        if max(height, width) > MAX_SIDE or colours * height * width * batch > MAX_VALUES:
+            raise ObservationError(
+                f"{path}: {batch} images of shape {(colours, height, width)} are out of range: sides of at most {MAX_SIDE}, "
+                f"and {MAX_VALUES} values in all"
+            )
         try:
             protocol.sizes(batch)
         except SpecError as error:
@@ -207,9 +227,9 @@ class Observation:
             protocol=protocol,
             labels=labels,
             model=model,
-            defences=defences,
+            defences=header.defences,
             batch_statistics=_statistics(path, parts["statistics"]) or None,
-            surrogate_data=surrogate_data,
+            surrogate_data=header.surrogate_data,
         )
         check_update(observation.update, where=str(path))
         return observation
@@ -222,6 +242,14 @@ class Observation:
             # parameters that are not sent may be in the file, and are F's own where they are not
             frozen = {name: w.shape for name, w in client.frozen.items() if name in self.weights}
             check_state(self.weights, {**expected, **frozen}, where=f"{where} (weights)", error=ObservationError)
+
+
+def check_labels(labels: Tensor, *, where: str) -> None:
+    """Raise :class:`~gradleak.errors.DataError` for a label that is negative, or larger than any class number there is."""
+    if bool((labels < 0).any()):
+        raise DataError(f"{where}: labels must not be negative, found {int(labels.min())}")
+    if bool((labels.long() > MAX_LABEL).any()):
+        raise DataError(f"{where}: label {int(labels.max())} is larger than {MAX_LABEL}; classes count from 0")
 
 
 def check_update(update: Update, *, where: str) -> None:
@@ -258,10 +286,3 @@ def _statistics(path: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tenso
             raise ObservationError(f"{path}: 'statistics/{name}' has values that are NaN or infinite, or a negative variance")
         layers[name] = (mean, variance)
     return layers
-
-
-def _json(path: Path, text: str, error: type[Exception]) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as fault:
-        raise error(f"{path}: the header is not valid JSON: {fault}") from None

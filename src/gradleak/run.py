@@ -26,7 +26,7 @@ from gradleak.checkpoint import Checkpoint
 from gradleak.client import ClientOperator, Cost, build_client, defence_costs, operator, simulate
 from gradleak.defences import DPSGD, visible_mask
 from gradleak.defences import parse as defences_of
-from gradleak.errors import DataError, DivergedError, ModelError, ObservationError, OutputError, SpecError
+from gradleak.errors import DataError, DivergedError, ModelError, ObservationError, OutputError, SpecError, printable
 from gradleak.evaluate import (
     Evaluation,
     evaluate,
@@ -45,8 +45,9 @@ from gradleak.labels import recover
 from gradleak.metrics import load_lpips
 from gradleak.observation import Observation, Truth
 from gradleak.report import ReportData, write_report
+from gradleak.results import read_result, read_run, remove_pictures
 from gradleak.spec import DefenceSpec, RunSpec, dump, flat, override, read_table
-from gradleak.tensors import read_tensors, write_tensors
+from gradleak.tensors import write_tensors
 from gradleak.threat import LETTERS, check_granted, letter
 
 #: Keys of a specification that change neither what is computed nor its last bit on one machine.
@@ -97,6 +98,7 @@ def audit(
     resume: bool = False,
     progress: bool = True,
     command: str = "",
+    redact: bool = False,
     client: Client | None = None,
 ) -> dict[str, Any]:
     """Simulate, attack, evaluate, report.
@@ -109,6 +111,7 @@ def audit(
             interrupted. A finished one is left as it is, and an absent one begins.
         progress: Show progress on standard error.
         command: How a reader of the report can repeat the run.
+        redact: Keep the figures and no picture. While the run goes on, its checkpoints hold the attack's state.
         client: What :func:`simulate_client` gave for this specification, if it was called already.
 
     Returns:
@@ -146,7 +149,14 @@ def audit(
         result |= {"defence_costs": [dataclasses.asdict(cost) for cost in client.costs]} if client.costs else {}
         result["assumptions"] += _cost_row(client.costs)
         result = write_run(
-            out, result, reconstruction, spec_text=text, truth=client.truth, decoys=decoys, lpips=spec.evaluate.lpips
+            out,
+            result,
+            reconstruction,
+            spec_text=text,
+            truth=client.truth,
+            decoys=decoys,
+            lpips=spec.evaluate.lpips,
+            redact=redact,
         )
         if not interrupted:
             for name in (CHECKPOINT, CONTROL):
@@ -189,7 +199,7 @@ def check_resumable(out: Path, text: str) -> dict[str, Any] | None:
         )
     if not (out / RESULT).is_file():
         return None
-    result = _read_result(out)
+    result = read_result(out)
     return None if result.get("partial") else result
 
 
@@ -271,6 +281,7 @@ def invert_observation(
     resume: bool = False,
     progress: bool = True,
     command: str = "",
+    redact: bool = False,
 ) -> dict[str, Any]:
     """Attack a saved update. There is no truth: the report shows the reconstruction and says that its quality is unknown.
 
@@ -279,7 +290,7 @@ def invert_observation(
         spec: ``model``, ``attack``, ``labels``, ``seed`` and ``device`` are used.
         out: The run folder.
         where: What an error message calls the observation, its file name.
-        force, resume: As for :func:`audit`.
+        force, resume, redact: As for :func:`audit`.
     """
     recipe, device = prepare(spec)
     check_folder(out, force=force, resume=resume)
@@ -287,7 +298,7 @@ def invert_observation(
     observation = dataclasses.replace(observation, surrogate_data=surrogate)
     model = models.build(spec.model, image_shape=observation.image_shape)
     client = operator(observation, model, where=where)
-    text = f"# gradleak invert {where!r}\n"
+    text = f"# gradleak invert {printable(where)}\n"
     text += dump(resolve(spec, recipe), leave_out={"data", "client", "defence", "evaluate"})
     finished = check_resumable(out, text) if resume else None
     if finished is not None:
@@ -303,59 +314,45 @@ def invert_observation(
         result |= {"partial": bool(reconstruction.interrupted), "interrupted": reconstruction.interrupted or None}
         if reconstruction.interrupted:
             result["warnings"].append(_partial(reconstruction, reconstruction.interrupted))
-        result = write_run(out, result, reconstruction, spec_text=text)
+        result = write_run(out, result, reconstruction, spec_text=text, redact=redact)
         if not reconstruction.interrupted:
             keep.remove()
         return result
 
 
-def evaluate_run(folder: Path, truth: Truth, *, lpips: str = "auto") -> dict[str, Any]:
+def evaluate_run(folder: Path, truth: Truth, *, lpips: str = "auto", redact: bool = False) -> dict[str, Any]:
     """Score the reconstruction of a run folder against the truth and write its report anew.
 
+    With ``redact`` the figures stay and the pictures are removed.
+
     Raises:
-        OutputError: The folder is not a run folder.
+        OutputError: The folder is not a run folder, or has no pictures any more.
         DataError: The truth has another number or shape of images.
     """
-    for name in (RESULT, RECONSTRUCTION):
-        if not (folder / name).is_file():
-            raise OutputError(f"{folder}: no {name} in it; expected a folder written by `gradleak invert` or `audit`")
+    if lpips not in ("auto", "off"):
+        load_lpips(lpips)  # a wrong file is an error, not a note
+    read_result(folder)  # a folder that is no run's is told before it is locked
     with lock_folder(folder):
-        return _evaluate_run(folder, truth, lpips=lpips)
+        return _evaluate_run(folder, truth, lpips=lpips, redact=redact)
 
 
-def _read_result(folder: Path) -> dict[str, Any]:
-    """result.json of a run folder."""
-    try:
-        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{folder}: {RESULT} is damaged: {error}") from None
-    if not isinstance(result, dict) or not {"labels", "cost", "matching_loss"} <= result.keys():
-        raise OutputError(f"{folder}: {RESULT} is damaged: it is not what `gradleak invert` or `audit` writes")
-    return result
-
-
-def _evaluate_run(folder: Path, truth: Truth, *, lpips: str) -> dict[str, Any]:
-    result = _read_result(folder)
-    try:
-        lines = (folder / LOG).read_text(encoding="utf-8").splitlines() if (folder / LOG).is_file() else []
-        history = [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{folder}: {LOG} is damaged: {error}") from None
-    tensors, _ = read_tensors(folder / RECONSTRUCTION, error=OutputError)
-    if not {"images", "labels"} <= tensors.keys():
-        raise OutputError(f"{folder}: {RECONSTRUCTION} has no tensors 'images' and 'labels'")
-    snapshots = tensors.get("snapshots", torch.empty(0))
-    return _finish(
+def _evaluate_run(folder: Path, truth: Truth, *, lpips: str, redact: bool) -> dict[str, Any]:
+    run = read_run(folder)
+    result = _finish(
         folder,
-        result,
-        images=tensors["images"],
-        labels=tensors["labels"],
-        snapshots=snapshots,
-        snapshot_rounds=tensors.get("snapshot_rounds", torch.empty(0)).tolist(),
-        history=history,
+        run.result,
+        images=run.images,
+        labels=run.labels,
+        snapshots=run.snapshots,
+        snapshot_rounds=run.snapshot_rounds,
+        history=run.history,
         truth=truth,
         lpips=lpips,
+        redact=redact,
     )
+    if redact:
+        remove_pictures(folder)
+    return result
 
 
 def attack_observation(
@@ -652,6 +649,7 @@ def write_run(
     truth: Truth | None = None,
     decoys: Tensor | None = None,
     lpips: str = "auto",
+    redact: bool = False,
 ) -> dict[str, Any]:
     """Write a run folder: spec.toml, log.jsonl, reconstruction.safetensors, then what the evaluation adds."""
     labels = reconstruction.labels.values
@@ -661,7 +659,8 @@ def write_run(
         tensors["snapshot_rounds"] = torch.tensor(reconstruction.snapshot_rounds)
     write_atomically(folder / SPEC, spec_text)
     write_atomically(folder / LOG, "".join(json.dumps(row) + "\n" for row in reconstruction.history))
-    write_tensors(folder / RECONSTRUCTION, tensors, {"format": "gradleak-reconstruction", "version": "1"})
+    if not redact:
+        write_tensors(folder / RECONSTRUCTION, tensors, {"format": "gradleak-reconstruction", "version": "1"})
     return _finish(
         folder,
         result,
@@ -673,6 +672,7 @@ def write_run(
         truth=truth,
         decoys=decoys,
         lpips=lpips,
+        redact=redact,
     )
 
 
@@ -687,9 +687,13 @@ def _finish(
     history: list[dict[str, float]],
     truth: Truth | None,
     lpips: str,
+    redact: bool,
     decoys: Tensor | None = None,
 ) -> dict[str, Any]:
-    """result.json, report.html and grid.png, with scores where there is a truth."""
+    """result.json, report.html and grid.png, with scores where there is a truth, without pictures where they are redacted."""
+    if redact:
+        result["redacted"] = True
+        truth = None if truth is None else dataclasses.replace(truth, names=())  # of files or people
     frames = snapshots.float() / 255 if len(snapshots) else None
     quality: dict[str, list[Any]] = {}
     if truth is None:
@@ -710,9 +714,10 @@ def _finish(
     result["verdict"] += f" {doubt}" if doubt else ""
     if result.get("partial"):
         result["verdict"] = f"Partial result, the attack was interrupted. {result['verdict']}"
+    shown, frames = (None, None) if redact else (images, frames)
     write_report(
         folder,
-        ReportData(result=result, images=images, truth=truth, snapshots=frames, history=history, quality=quality),
+        ReportData(result=result, images=shown, truth=truth, snapshots=frames, history=history, quality=quality),
     )
     write_atomically(folder / RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result

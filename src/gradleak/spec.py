@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import re
+import reprlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from gradleak.errors import SpecError, nearest
+from gradleak.errors import SpecError, nearest, printable
+from gradleak.files import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-MAX_SPEC_BYTES = 1_000_000
+MAX_SPEC_BYTES = 250_000
+#: Most parts of one key: the time that tomllib needs for a key grows with the square of their number.
+MAX_KEY_PARTS = 50
+#: Most faults that one message lists.
+MAX_FAULTS = 20
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -42,8 +49,12 @@ class ModelSpec(_Table):
     name: str = Field(
         default="resnet18-cifar", description="a built-in name, torchvision/NAME, file.py:function, module:function"
     )
-    width: int | None = Field(default=None, ge=1, description="base width of the CIFAR networks (resnet18-cifar: 64)")
-    num_classes: int | None = Field(default=None, ge=2, description="default: the model's own (10, or torchvision's 1000)")
+    width: int | None = Field(
+        default=None, ge=1, le=100_000, description="base width of the CIFAR networks (resnet18-cifar: 64)"
+    )
+    num_classes: int | None = Field(
+        default=None, ge=2, le=1_000_000, description="default: the model's own (10, or torchvision's 1000)"
+    )
     activation: Literal["model", "sigmoid", "relu", "tanh", "leaky_relu", "gelu", "silu"] = Field(
         default="model", description="replace every activation of the model; 'model' leaves them"
     )
@@ -228,7 +239,7 @@ class RunSpec(_Table):
 
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the attack")
     device: str = Field(default="auto", description="auto | cpu | cuda | cuda:N | mps")
-    threads: int | None = Field(default=None, ge=1, description="CPU threads (default: torch's own choice)")
+    threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads (default: torch's own choice)")
     checkpoint_seconds: float = Field(
         default=60.0, ge=0, allow_inf_nan=False, description="seconds between two checkpoints; 0: one after every round"
     )
@@ -312,14 +323,22 @@ def parse(table: dict[str, Any], *, where: str = "specification") -> RunSpec:
 def describe(error: ValidationError, root: type[BaseModel]) -> str:
     """Pydantic's findings as one line each: the dotted key, what was expected and found, the nearest known key."""
     lines = []
-    for item in error.errors():
+    faults = error.errors(include_url=False)
+    for item in faults[:MAX_FAULTS]:
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             fields = _fields_at(root, item["loc"][:-1])
             lines.append(f"unknown key {key!r}{nearest(str(item['loc'][-1]), fields)}")
         else:
-            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (found {item['input']!r})")
+            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (found {shown(item['input'])})")
+    if len(faults) > MAX_FAULTS:
+        lines.append(f"and {len(faults) - MAX_FAULTS} more")
     return "; ".join(lines)
+
+
+def shown(value: Any) -> str:
+    """What was found, short enough for a message."""
+    return printable(reprlib.repr(value) if isinstance(value, (dict, list)) else repr(value), most=200)
 
 
 def dump(spec: RunSpec, *, leave_out: set[str] | None = None) -> str:
@@ -333,18 +352,22 @@ def read_table(source: Path | str) -> dict[str, Any]:
     """The tables of a TOML file, or of a text.
 
     Raises:
-        SpecError: No such file, too large, or not TOML.
+        SpecError: No such file, not a regular one, too large, too deep, or not TOML.
     """
     if isinstance(source, str):
-        return tomllib.loads(source)
-    if not source.is_file():
-        raise SpecError(f"{source}: no such specification file")
-    if source.stat().st_size > MAX_SPEC_BYTES:
-        raise SpecError(f"{source}: larger than {MAX_SPEC_BYTES} bytes; is it a TOML specification?")
+        return _toml(source, where="specification")
+    return _toml(read_text(source, most=MAX_SPEC_BYTES, what="a TOML specification", error=SpecError), where=str(source))
+
+
+def _toml(text: str, *, where: str) -> dict[str, Any]:
+    if any(piece.count(".") >= MAX_KEY_PARTS for piece in re.split(r"[=,\[\]{}\n]", text)):
+        raise SpecError(f"{where}: a key of more than {MAX_KEY_PARTS} parts; is it a TOML specification?")
     try:
-        return tomllib.loads(source.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SpecError(f"{source}: not valid TOML: {error}") from None
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{where}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise SpecError(f"{where}: not valid TOML: nested too deeply") from None
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -357,13 +380,15 @@ def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+        return _toml(f"v = {text}", where="--set")["v"]
+    except SpecError:
         return text
 
 
 def _assign(table: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
+    if len(parents) >= MAX_KEY_PARTS:
+        raise SpecError(f"--set {key}: a key of more than {MAX_KEY_PARTS} parts")
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
@@ -372,10 +397,14 @@ def _assign(table: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _fields_at(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """The keys of the table at ``loc``: in a list, of its entries; of an optional table, of the table."""
+    kind: Any = root
     for part in loc:
-        field = root.model_fields[str(part)]
-        root = field.annotation  # type: ignore[assignment]
-    return list(root.model_fields)
+        if not isinstance(part, int):
+            kind = kind.model_fields[part].annotation
+        while not hasattr(kind, "model_fields"):
+            kind = get_args(kind)[0]
+    return list(kind.model_fields)
 
 
 def _without_none(value: Any) -> Any:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -13,16 +14,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gradleak.errors import GradleakError, ObservationError
-from gradleak.files import write_atomically
+from gradleak.files import machine_memory, open_regular, parse_json, write_atomically
 
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 32_000_000
+MAX_TENSORS = 100_000
+DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
 def read_tensors(path: Path, *, error: type[GradleakError] = ObservationError) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, on the CPU, and its metadata. Nothing is ever unpickled.
 
-    The header (its length, at most 100 MB, then the place of every tensor inside the file) is checked before a tensor
-    is allocated, so a damaged or hostile file costs no memory.
+    The header (its length, at most 32 MB; at most 100,000 tensors; plain types of numbers; the place of every tensor inside
+    the file; a file no larger than the machine's memory) is checked before a tensor is allocated, so a damaged or hostile
+    file costs no memory.
 
     Args:
         path: The file.
@@ -31,16 +35,22 @@ def read_tensors(path: Path, *, error: type[GradleakError] = ObservationError) -
     Raises:
         GradleakError: Of class ``error``; names the file, and says whether it is missing, truncated or another format.
     """
-    if not path.is_file():
-        raise error(f"{path}: no such file; expected a safetensors file")
+    _check_header(path, error)
     try:
-        _check_header_length(path, error)
         with safe_open(path, framework="pt", device="cpu") as file:
             # copies: safe_open maps the file, and a map of a file that shrinks later kills the process
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError) as cause:
         raise error(f"{path}: not a readable safetensors file: {cause}. Was it truncated on its way?") from None
+
+
+def read_metadata(path: Path, *, error: type[GradleakError]) -> dict[str, str]:
+    """The metadata of a safetensors file, without its tensors. Raises as :func:`read_tensors`."""
+    metadata = _check_header(path, error).get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise error(f"{path}: the header's metadata are not texts")
+    return metadata
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, keep: Path | None = None) -> None:
@@ -111,14 +121,26 @@ def _encode(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> tuple[by
     return len(header).to_bytes(8, "little"), header, memoryview(encoded)[start:]
 
 
-def _check_header_length(path: Path, error: type[GradleakError]) -> None:
-    with path.open("rb") as file:
-        header, size = file.read(9), os.fstat(file.fileno()).st_size
-    length = int.from_bytes(header[:8], "little")
-    if size < 10 or header[8:] != b"{" or length > MAX_HEADER_BYTES:
-        raise error(
-            f"{path}: not a safetensors file. PyTorch's .pt and .pth files are pickles, which are never read: "
-            "convert them with safetensors.torch.save_file(state_dict, 'weights.safetensors')"
-        )
-    if length > size - 8:
-        raise error(f"{path}: truncated: its header says {length} bytes, the file has {size}")
+def _check_header(path: Path, error: type[GradleakError]) -> dict[str, Any]:
+    with open_regular(path, what="a safetensors file", error=error) as file:
+        size = os.fstat(file.fileno()).st_size
+        beginning = file.read(9)
+        length = int.from_bytes(beginning[:8], "little")
+        if size < 10 or beginning[8:] != b"{" or length > MAX_HEADER_BYTES:
+            raise error(
+                f"{path}: not a safetensors file. PyTorch's .pt and .pth files are pickles, which are never read: "
+                "convert them with safetensors.torch.save_file(state_dict, 'weights.safetensors')"
+            )
+        if length > size - 8:
+            raise error(f"{path}: truncated: its header says {length} bytes, the file has {size}")
+        if size > machine_memory():
+            raise error(f"{path}: has {size} bytes, this machine has {machine_memory()} bytes of memory")
+        file.seek(8)
+        header = parse_json(file.read(length), where=f"{path}: the header", error=error)
+    if len(header) > MAX_TENSORS:
+        raise error(f"{path}: {len(header)} tensors, at most {MAX_TENSORS}")
+    for name, entry in header.items():
+        if name != "__metadata__" and (not isinstance(entry, dict) or entry.get("dtype") not in DTYPES):
+            found = entry.get("dtype") if isinstance(entry, dict) else entry
+            raise error(f"{path}: {name!r} is of type {found!r}; expected one of {', '.join(DTYPES)}")
+    return dict(header)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gradleak.errors import GradleakError, ModelError, nearest
+from gradleak.files import machine_memory
 from gradleak.models.cifar import NETWORKS, ImageShape
 from gradleak.spec import ModelSpec
 from gradleak.tensors import check_state, read_tensors
@@ -78,6 +79,8 @@ def build(spec: ModelSpec, *, image_shape: ImageShape) -> nn.Module:
     for key, values in (("mean", spec.mean), ("std", spec.std)):
         if values is not None and len(values) != channels:
             raise ModelError(f"model.{key} has {len(values)} values, the images have {channels} channels")
+    if ":" not in spec.name and ((spec.width or 0) > 1024 or (spec.num_classes or 0) > 100_000):
+        _check_size(spec, image_shape)
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed: it would also reset the caller's accelerators
         torch.default_generator.manual_seed(spec.seed)
@@ -151,6 +154,17 @@ def _construct(spec: ModelSpec, image_shape: ImageShape) -> nn.Module:
     if named:
         return _torchvision_model(spec.name, classes, image_shape)
     return _own_model(spec.name, {**classes, "image_shape": image_shape})
+
+
+def _check_size(spec: ModelSpec, image_shape: ImageShape) -> None:
+    """A width or number of classes may come from an update file: it must not ask for more memory than there is."""
+    with torch.device("meta"):
+        needed = sum(p.numel() * p.element_size() for p in _construct(spec, image_shape).parameters())
+    if needed > machine_memory() // 4:  # weights, gradient, update and moved weights
+        raise ModelError(
+            f"{spec.name}: its weights take {needed} bytes (model.width = {spec.width}, model.num_classes = "
+            f"{spec.num_classes}); with their gradients that is more than the {machine_memory()} bytes of this machine"
+        )
 
 
 def _suggestion(name: str) -> str:

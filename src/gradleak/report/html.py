@@ -13,6 +13,7 @@ from jinja2 import Environment, FunctionLoader
 from markupsafe import Markup
 from torch import Tensor
 
+from gradleak.errors import printable
 from gradleak.files import write_atomically
 from gradleak.observation import Truth
 from gradleak.report.figures import curve_svg, grid_png, picture, png_data_uri
@@ -30,7 +31,8 @@ class ReportData:
 
     Attributes:
         result: What result.json holds; every key is optional.
-        images: B x C x H x W reconstructions, clamped to [0, 1] for display.
+        images: B x C x H x W reconstructions, clamped to [0, 1] for display; ``None`` for a redacted report: rows and
+            figures, and no picture.
         truth: The private batch, or ``None`` when there is none: then reconstructions are shown alone, without metrics.
         snapshots: S x B x C x H x W intermediate reconstructions, in the order of ``images``.
         history: Rows with ``round``, ``loss``, ``learning_rate`` and ``seconds``.
@@ -38,11 +40,16 @@ class ReportData:
     """
 
     result: dict[str, Any]
-    images: Tensor
+    images: Tensor | None
     truth: Truth | None
     snapshots: Tensor | None
     history: list[dict[str, float]]
     quality: dict[str, list[float]]
+
+    @property
+    def scored(self) -> bool:
+        """Whether there are metrics to show: with a truth, or recorded in a redacted run."""
+        return self.truth is not None or (self.images is None and bool(self.result.get("metrics")))
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class _Picture:
     name: str
     label: int | None
     truth: Tensor | None
-    rebuilt: Tensor
+    rebuilt: Tensor | None
     values: dict[str, float | None]
 
 
@@ -79,15 +86,19 @@ def render(data: ReportData) -> str:
     """The report as HTML text: the same text for the same data, everything in it, all foreign text escaped."""
     pictures = _best_first(data)
     measured = _measured(pictures)
-    height, width = data.images.shape[-2:]
-    shown = pictures[: max(4, min(MAX_PICTURES, MAX_PIXELS // (height * width)))]
+    if data.images is None:
+        shape, height, width, shown = "", 0, 0, []
+    else:
+        shape, (height, width) = "×".join(str(n) for n in data.images.shape[1:]), data.images.shape[-2:]
+        shown = pictures[: max(4, min(MAX_PICTURES, MAX_PIXELS // (height * width)))]
     return (
         environment()
         .get_template("template.html")
         .render(
             result=data.result,
-            has_truth=data.truth is not None,
-            shape="×".join(str(n) for n in data.images.shape[1:]),
+            redacted=data.images is None,
+            has_truth=data.scored,
+            shape=shape,
             pictures=pictures,
             shown=shown,
             opened=OPEN_PICTURES,
@@ -96,9 +107,9 @@ def render(data: ReportData) -> str:
             height=height,
             measured=measured,
             tiles=_tiles(data, measured),
-            strips=_strips(data, pictures) if data.snapshots is not None else [],
+            strips=_strips(data, pictures) if data.snapshots is not None and data.images is not None else [],
             curves=_curves(data),
-            comparison=_comparison(data.result, measured) if data.truth is not None else [],
+            comparison=_comparison(data.result, measured) if data.scored else [],
             run=_run(data.result),
             settings=_flat(data.result.get("attack") or {}),
             versions=_flat(data.result.get("versions") or {}),
@@ -109,20 +120,25 @@ def render(data: ReportData) -> str:
 def write_report(folder: Path, data: ReportData) -> None:
     """Write ``report.html`` and ``grid.png`` into a folder, each replaced atomically; best images first in both.
 
+    A redacted report has no ``grid.png``.
+
     Raises:
         OutputError: The folder cannot be written.
     """
-    pictures = _best_first(data)[:MAX_PICTURES]
-    order = [p.index for p in pictures]
-    captions = [p.name if p.values["ssim"] is None else f"{p.name}\nSSIM {p.values['ssim']:.3f}" for p in pictures]
-    truth = None if data.truth is None else data.truth.images[order]
-    rebuilt = data.images[[_assignment(data)[i] for i in order]]
-    grid_png(folder / "grid.png", truth, rebuilt, captions=captions)
+    if data.images is not None:
+        pictures = _best_first(data)[:MAX_PICTURES]
+        order = [p.index for p in pictures]
+        captions = [p.name if p.values["ssim"] is None else f"{p.name}\nSSIM {p.values['ssim']:.3f}" for p in pictures]
+        truth = None if data.truth is None else data.truth.images[order]
+        rebuilt = data.images[[_assignment(data)[i] for i in order]]
+        grid_png(folder / "grid.png", truth, rebuilt, captions=captions)
     write_atomically(folder / "report.html", [render(data).encode("utf-8", "replace")])
 
 
 def _assignment(data: ReportData) -> list[int]:
     """Index of the reconstruction of every true image; without truth every reconstruction stands for itself."""
+    if data.images is None:
+        return list(range(len(data.result["labels"]["values"])))
     if data.truth is None:
         return list(range(len(data.images)))
     return data.result.get("assignment") or list(range(len(data.truth.images)))
@@ -130,11 +146,13 @@ def _assignment(data: ReportData) -> list[int]:
 
 def _best_first(data: ReportData) -> list[_Picture]:
     """All pairs by falling SSIM (PSNR where images are too small for it); unmeasured ones last, in their own order."""
-    per_image = (data.result.get("per_image") or {}) if data.truth is not None else {}
+    per_image = (data.result.get("per_image") or {}) if data.scored else {}
     pictures = []
     for i, j in enumerate(_assignment(data)):
         values = {m.key: _known(per_image[m.key][i]) if per_image.get(m.key) else None for m in _METRICS}
-        if data.truth is None:
+        if data.images is None:
+            pictures.append(_Picture(i, f"image {i}", None, None, None, values))
+        elif data.truth is None:
             pictures.append(_Picture(i, f"image {i}", None, None, data.images[j], values))
         else:
             name = _one_line(data.truth.names[i]) if i < len(data.truth.names) else f"image {i}"
@@ -153,7 +171,7 @@ def _measured(pictures: list[_Picture]) -> list[_Metric]:
 def _tiles(data: ReportData, measured: list[_Metric]) -> list[dict[str, str]]:
     """The key figures: name, value, and what the value means."""
     result, tiles = data.result, []
-    if data.truth is not None:
+    if data.scored:
         metrics, notes = result.get("metrics") or {}, result.get("notes") or {}
         for m in _METRICS:
             row = metrics.get(m.key) or {}
@@ -216,7 +234,7 @@ def _curves(data: ReportData) -> list[dict[str, Any]]:
         ("ssim", "Mean SSIM", "1 is identical", 1.0),
         ("psnr", "Mean PSNR", "dB; higher is closer", None),
     ):
-        if data.truth is not None and data.quality.get(key):
+        if data.scored and data.quality.get(key):
             drawn.append((title, note, curve_svg(data.quality["round"], data.quality[key], label=title, top=top)))
     # Markup: these are our own strokes and numbers, no text of the user's is in them.
     return [{"title": title, "note": note, "svg": Markup(svg)} for title, note, svg in drawn if svg]
@@ -290,8 +308,8 @@ def _known(value: Any) -> float | None:
 
 
 def _one_line(text: str) -> str:
-    """Without line breaks, and without the lone surrogates of file names that are not UTF-8."""
-    return " ".join(text.encode("utf-8", "replace").decode().split())
+    """Printable, without line breaks, and without the lone surrogates of file names that are not UTF-8."""
+    return " ".join(printable(text.encode("utf-8", "replace").decode(), most=400).split())
 
 
 def _number(value: Any, digits: int, unit: str = "") -> str:
@@ -315,10 +333,15 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
 
 
+def _finalised(value: Any) -> Any:
+    """Foreign text has no control characters on the page; Jinja escapes its markup after this."""
+    return printable(value, most=len(value)) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def environment() -> Environment:
     """The templates beside this file, with everything that they show escaped; filters ``number``, ``plain``, ``uri``."""
     files = FunctionLoader(lambda name: resources.files(__package__).joinpath(name).read_text("utf-8"))
-    templates = Environment(loader=files, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    templates = Environment(loader=files, autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_finalised)
     templates.filters["number"] = _number
     templates.filters["plain"] = _plain
     templates.filters["duration"] = _duration

@@ -9,7 +9,6 @@ from markupsafe import Markup
 from torch import Tensor
 
 from gradleak.evaluate import RECOGNISABLE_SSIM
-from gradleak.observation import Truth
 from gradleak.report.figures import MARKERS, Line, lines_svg
 from gradleak.report.html import environment
 
@@ -25,13 +24,13 @@ class MatrixData:
 
     Attributes:
         matrix: What matrix.json holds.
-        truth: The private batch.
+        originals: The private images, B x C x H x W; None where there are no pictures any more.
         thumbnails: Folder of a finished cell -> its reconstructions of the first :data:`THUMBNAILS` originals. A cell
             without pictures is left out; where all are, no original is shown either.
     """
 
     matrix: dict[str, Any]
-    truth: Truth
+    originals: Tensor | None
     thumbnails: dict[str, Tensor]
 
 
@@ -53,7 +52,7 @@ def render_matrix(data: MatrixData) -> str:
         if len(points := _points(measured, attack, kind)) > 1
     ]
     svg = lines_svg(lines, label="Mean SSIM", right="relative distortion of the update")
-    size = max(data.truth.images.shape[-2:])
+    size = max(matrix["image_shape"][-2:])
     return (
         environment()
         .get_template("matrix.html")
@@ -62,9 +61,9 @@ def render_matrix(data: MatrixData) -> str:
             cells=by_pair,
             costs=costs,
             verdict=verdict(matrix),
-            shape="×".join(str(n) for n in data.truth.images.shape[1:]),
-            images=len(data.truth.images),
-            originals=list(data.truth.images[:THUMBNAILS]) if data.thumbnails else [],
+            shape="×".join(str(n) for n in matrix["image_shape"]),
+            images=matrix["images"],
+            originals=list(data.originals[:THUMBNAILS]) if data.thumbnails and data.originals is not None else [],
             thumbnails={folder: list(images[:THUMBNAILS]) for folder, images in data.thumbnails.items()},
             small=size <= 128,
             threshold=RECOGNISABLE_SSIM,

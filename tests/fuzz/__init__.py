@@ -1,0 +1,1 @@
+"""Generated inputs for every parser: targets shared by Hypothesis and atheris."""
