@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradleak.errors import DataError, GradleakError, OutputError
 from gradleak.files import parse_json, read_text, write_atomically
-from gradleak.folder import LOG, MATRIX, RECONSTRUCTION, RESULT, lock_folder
+from gradleak.folder import LOG, MATRIX, RECONSTRUCTION, REPORT, RESULT, lock_folder
 from gradleak.observation import check_labels
 from gradleak.report import MatrixData, ReportData, render_matrix, write_report
 from gradleak.spec import describe
