@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from gradleak.errors import DataError, GradleakError, OutputError
@@ -36,6 +36,7 @@ class _Part(BaseModel):
 class _Labels(_Part):
     rule: str = ""
     values: list[int]
+    classes: int | None = Field(default=None, ge=1, le=1_000_000)
     accuracy: _Number | None = None
 
 

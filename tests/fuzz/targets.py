@@ -27,13 +27,13 @@ from gradleak import data, defences, models, results, spec
 from gradleak.client import simulate
 from gradleak.dcgan import Generator
 from gradleak.errors import GradleakError
-from gradleak.evaluate import evaluate
+from gradleak.evaluate import evaluate, label_scores
 from gradleak.metrics import load_lpips
 from gradleak.observation import Observation, Truth
 from gradleak.protocols import FedSGD
 from gradleak.report import ReportData
 from gradleak.report.html import render
-from gradleak.run import label_accuracy, spec_for
+from gradleak.run import spec_for
 from gradleak.spec import ClientSpec, DataSpec, DefenceSpec, ModelSpec
 from gradleak.tensors import read_tensors, write_tensors
 
@@ -129,7 +129,7 @@ def truth(content: bytes) -> None:
     assert torch.equal(read.images, again.images)
     assert torch.equal(read.labels, again.labels)
     assert read.names == again.names
-    label_accuracy(read.labels, read.labels)
+    label_scores(read.labels, read.labels)
     if read.images.numel() < 5000:
         evaluate(torch.zeros_like(read.images), read, lpips="off")
 
