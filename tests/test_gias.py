@@ -17,12 +17,13 @@ from gradleak.attacks.gias import GIASAttack, LatentGenerator
 from gradleak.client import FedSGD, simulate
 from gradleak.data import load
 from gradleak.dcgan import Generator, discriminator, train
-from gradleak.errors import DataError, ModelError, SpecError
+from gradleak.errors import DataError, ModelError, ObservationError, SpecError
 from gradleak.invert import Reconstruction, invert
 from gradleak.labels import recover
 from gradleak.observation import Observation, Truth
 from gradleak.spec import DataSpec
 from gradleak.tensors import read_tensors, write_tensors
+from gradleak.threat import check_granted
 
 SHAPE = (3, 8, 8)
 
@@ -130,6 +131,17 @@ def test_a_generator_file_comes_back_whole(trained: Generator, file: Path) -> No
     z = torch.randn(5, 8)
     assert torch.equal(again(z), trained(z))
     assert all(p.requires_grad for p in again.parameters())
+
+
+def test_a_generator_of_images_like_the_clients_must_be_granted(file: Path) -> None:
+    """A trained generator is surrogate data: the error names the grant and its key. An untrained one needs nothing."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * SHAPE[1] * SHAPE[2], 10))
+    truth = Truth(images=torch.rand(2, *SHAPE), labels=torch.arange(2))
+    bare, granted = (simulate(FedSGD(model), truth, grant_surrogate_data=grant) for grant in (False, True))
+    with pytest.raises(ObservationError, match=r"'gias' requires.*surrogate-data.*threat.surrogate_data"):
+        check_granted("gias", attack("gias", generator=str(file)), bare)
+    check_granted("gias", attack("gias", generator=str(file)), granted)
+    check_granted("gias", attack("gias"), bare)
 
 
 def test_a_generator_of_another_size_is_refused(file: Path) -> None:

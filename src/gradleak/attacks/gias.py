@@ -62,7 +62,7 @@ class GIASAttack(Attack):
     it is a DCGAN.
 
     Attributes:
-        generator: A file that ``gradleak train-generator`` wrote: surrogate data. None: an untrained generator, which knows
+        generator: A file that ``gradleak train-generator`` wrote: surrogate data, which the threat model must grant. None: an untrained generator, which knows
             no images (as in CI-Net's Fig. 1); its batch norm uses the statistics of what it generates.
         weights: ``per-image``: each image has weights of its own in the second phase; ``shared``: one set for the batch.
         latent_share: Fraction of the rounds that optimises the latents; the rest optimises the weights.
@@ -86,6 +86,10 @@ class GIASAttack(Attack):
     total_variation: float = Field(default=1e-6, ge=0)
     latent: int = Field(default=100, ge=1)
     width: int = Field(default=64, ge=1)
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return frozenset() if self.generator is None else frozenset({"surrogate-data"})
 
     def image_model(self, problem: Problem) -> LatentGenerator:
         if self.generator is None:

@@ -74,7 +74,6 @@ class Attack:
     """The settings that every attack has; a subclass adds its image model, and what else it needs.
 
     Attributes:
-        requires: What the threat model must grant (:data:`gradleak.threat.GRANTS`).
         joint_labels: Whether the labels are optimised together with the images.
         rounds: T, number of steps.
         distance: ``cosine`` (Eq. 3) or ``squared-l2`` (Eq. 2).
@@ -92,7 +91,6 @@ class Attack:
         snapshots: How many intermediate reconstructions are kept.
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset()
     joint_labels: ClassVar[bool] = False
 
     rounds: int = Field(default=1000, ge=1)
@@ -108,6 +106,11 @@ class Attack:
     group: int = Field(default=1, ge=1)
     repeat: int = Field(default=1, ge=1)
     snapshots: int = Field(default=12, ge=0, le=64)
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """What the threat model must grant for these settings: names of :data:`gradleak.threat.GRANTS`."""
+        return frozenset()
 
     def closed_form(self, problem: Problem) -> Tensor | None:
         """The images, B x C x H x W, where they can be computed without a loop; None where they are fitted."""
