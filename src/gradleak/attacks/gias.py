@@ -62,8 +62,9 @@ class GIASAttack(Attack):
     it is a DCGAN.
 
     Attributes:
-        generator: A file that ``gradleak train-generator`` wrote: surrogate data, which the threat model must grant. None: an untrained generator, which knows
-            no images (as in CI-Net's Fig. 1); its batch norm uses the statistics of what it generates.
+        generator: A file that ``gradleak train-generator`` wrote: surrogate data, which the threat model must
+            grant. None: an untrained generator, which knows no images (as in CI-Net's Fig. 1); its batch norm uses the
+            statistics of what it generates.
         weights: ``per-image``: each image has weights of its own in the second phase; ``shared``: one set for the batch.
         latent_share: Fraction of the rounds that optimises the latents; the rest optimises the weights.
         weight_learning_rate: eta of the second phase; ``learning_rate`` is that of the first.
