@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from gradleak import cli, data, matrix
 from gradleak.errors import GradleakError, OutputError, SpecError
 from gradleak.report import MatrixData, render_matrix
 from gradleak.report.figures import MARKERS, Line, lines_svg
+from gradleak.results import purge
 from gradleak.spec import RunSpec, dump, load, override, parse
 from gradleak.tensors import read_tensors
 
@@ -170,7 +170,7 @@ def test_a_browser_has_nothing_to_complain_of(folder: Path, tmp_path: Path) -> N
 
 def test_foreign_text_shows_literally(folder: Path) -> None:
     table = json.loads((folder / "matrix.json").read_text().replace("cinet", HOSTILE.replace('"', "")))
-    html = render_matrix(MatrixData(matrix=table, truth=data.load(spec().data), thumbnails={}))
+    html = render_matrix(MatrixData(matrix=table, originals=data.load(spec().data).images, thumbnails={}))
     assert HOSTILE not in html
     assert HOSTILE in unescape(html)
     assert "data:image/png" not in html  # no cell has pictures, so the originals are not shown either
@@ -314,10 +314,35 @@ def test_curves_show_every_point_in_the_pages_colours() -> None:
     assert len(set(MARKERS)) == len(MARKERS)
 
 
+def test_a_purged_matrix_keeps_its_rows_and_shows_no_picture(folder: Path, tmp_path: Path) -> None:
+    """Its page is written anew, its cells lose their reconstructions, matrix.json stays byte by byte."""
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    assert "data:image/png" in (out / "report.html").read_text()
+    rows_before = (out / "matrix.json").read_bytes()
+    purge(out)
+    assert (out / "matrix.json").read_bytes() == rows_before
+    assert not list(out.rglob("*.safetensors")) + list(out.rglob("grid.png"))
+    for page in out.rglob("report.html"):
+        assert "data:image/png" not in page.read_text()
+    assert "cinet" in (out / "report.html").read_text()
+    (out / "matrix.json").write_text('{"rows": 3}')
+    purge(out)
+    assert not (out / "report.html").exists()
+
+
+def test_a_redacted_matrix_has_no_picture(tmp_path: Path) -> None:
+    one = spec('matrix.attacks=["cinet"]', "matrix.defences=[[]]")
+    found = matrix.audit_matrix(one, tmp_path / "out", redact=True, progress=False)
+    assert found["rows"][0]["ssim_mean"] is not None
+    assert not list((tmp_path / "out").rglob("*.safetensors")) + list((tmp_path / "out").rglob("*.png"))
+    assert "data:image/png" not in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_an_unfinished_matrix_is_reported_as_far_as_it_got(folder: Path) -> None:
     table = json.loads((folder / "matrix.json").read_text())
     some = {**table, "rows": table["rows"][:4]}
-    html = render_matrix(replace(MatrixData(matrix=some, truth=data.load(spec().data), thumbnails={})))
+    html = render_matrix(MatrixData(matrix=some, originals=None, thumbnails={}))
     assert html.count("not run yet") == 5
     assert "of 9 runs finished" in html
 
