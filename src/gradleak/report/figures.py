@@ -6,7 +6,7 @@ import base64
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,38 @@ def grid_png(path: Path, truth: Tensor | None, reconstruction: Tensor, *, captio
             draw.text((x, y), _cut(text, font, cell_width), fill="#222222", font=font)
             y += line
 
+    buffer = io.BytesIO()
+    canvas.save(buffer, format="PNG", optimize=True)
+    write_atomically(path, [buffer.getvalue()])
+
+
+def comparison_png(path: Path, rows: Mapping[str, Tensor], *, pixels: int = 48) -> None:
+    """A PNG of named rows of images, for example the truth above what several attacks made of it.
+
+    Args:
+        path: Where to write; replaced atomically.
+        rows: Name (lines separated by ``\\n``) -> N x C x H x W in [0, 1]; rows may differ in N.
+        pixels: Width and height of each image in the picture: the nearest whole multiple of its own size up to it.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    gap, margin, font = 3, 8, _font(12)
+    largest = max(max(images.shape[2:]) for images in rows.values())
+    cell = largest * max(1, pixels // largest)
+    left = margin + max(math.ceil(font.getlength(line)) for name in rows for line in name.split("\n")) + 8
+    columns = max(len(images) for images in rows.values())
+    size = (left + columns * (cell + gap) - gap + margin, 2 * margin + len(rows) * (cell + gap) - gap)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for j, (name, images) in enumerate(rows.items()):
+        y = margin + j * (cell + gap)
+        draw.multiline_text((margin, y + cell // 2), name, fill="#222222", font=font, anchor="lm", spacing=2)
+        for i, image in enumerate(images):
+            shown = picture(image)
+            factor = max(1, cell // max(shown.size))
+            shown = shown.resize((shown.width * factor, shown.height * factor), Image.Resampling.NEAREST)
+            canvas.paste(shown, (left + i * (cell + gap), y))
     buffer = io.BytesIO()
     canvas.save(buffer, format="PNG", optimize=True)
     write_atomically(path, [buffer.getvalue()])
