@@ -8,7 +8,7 @@ rounds is what fits into the time, since schedules depend on it. An attack that 
 with the next seed while there is time for another round, and the run with the least matching loss counts. ``gi-nas``
 searches within the time. ``gias-dcgan`` needs a generator that saw other images of the kind:
 
-    gradleak train-generator cifar10 --start 64 --images 960 --rounds 800 --out dcgan.safetensors
+    gradleak train-generator cifar10 --start 64 --images 960 --width 32 --rounds 400 --out dcgan.safetensors
 
 Reconstructions go to ``--work`` (private images), for the picture.
 """
@@ -41,7 +41,7 @@ from record import aligned, provenance, rows_of, save_row, scores
 CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "cinet": ("cinet", {"channels": 32}),
     "cinet-reference": ("cinet-reference", {"engine": "auto"}),
-    "inverting-gradients": ("inverting-gradients", {"engine": "auto", "total_variation": 1e-3}),
+    "inverting-gradients": ("inverting-gradients", {"engine": "auto"}),
     "gradinversion": ("gradinversion", {"engine": "auto", "group": 1}),
     "dlg": ("dlg", {}),
     "idlg": ("idlg", {}),

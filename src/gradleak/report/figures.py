@@ -182,6 +182,62 @@ def curve_svg(
     return _inline(buffer.getvalue(), label)
 
 
+def leak_against_cost_svg(
+    path: Path,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    cost: str,
+    leak: str = "SSIM of the reconstruction",
+    log: bool = False,
+    marks: Mapping[str, float] | None = None,
+) -> None:
+    """Curves of defences, one point for each strength: what still leaks (0 to 1) against what the strength costs.
+
+    Args:
+        path: An SVG file; replaced atomically. It is the same for the same numbers.
+        curves: Defence -> (cost, leak) of each strength, in the order of the strengths.
+        cost: Label of the horizontal axis.
+        leak: Label of the vertical axis.
+        log: Logarithmic horizontal axis; points of cost 0 are then left out.
+        marks: Name -> cost, drawn as vertical lines: no defence, say.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the user's own style must not change the figure
+        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": path.name, "font.size": 9})
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.subplots()
+        colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+        for k, (name, points) in enumerate(curves.items()):
+            shown = [(x, y) for x, y in points if x > 0 or not log]
+            axes.plot(
+                [x for x, _ in shown],
+                [y for _, y in shown],
+                label=name,
+                color=colours[k % 10],
+                marker="os^Dv<>ph*"[k % 10],
+                markersize=4,
+                linewidth=1.2,
+            )
+        for name, position in (marks or {}).items():
+            axes.axvline(position, color="#888888", linewidth=0.8, linestyle="--")
+            axes.annotate(name, (position, 1.0), rotation=90, ha="right", va="top", fontsize=8, color="#666666")
+        if log:
+            axes.set_xscale("log")
+        axes.set_xlabel(cost)
+        axes.set_ylabel(leak)
+        axes.set_ylim(0, 1.02)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(True, linewidth=0.5, color="#dddddd")
+        axes.set_axisbelow(True)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
+    write_atomically(path, buffer.getvalue())
+
+
 def _plain(axes: Axes, *, log: bool, bounds: tuple[float, float]) -> None:
     """Two axis lines, a faint grid, few ticks, plain numbers."""
     axes.spines[["top", "right"]].set_visible(False)
