@@ -9,9 +9,10 @@ DP-SGD replaces batch norm by group norm, so its curve has another undefended po
 
 Cost: (a) the relative distortion of that update; (b) accuracy and loss on 256 held-out images after one round of eight
 clients with 32 images each, all defended alike, every draw its own. F is a trained ResNet-20 whose batch norm is folded into
-its convolutions (the same function in eval mode, and one for which DP-SGD needs no replacement) and whose last layer is zero:
-from there one step of the server learns a classifier. The step is chosen once, for the undefended update, on 128 other
-images. ResNet-20 was trained on CIFAR-10 by others, these images among them, so the accuracies are good for comparing only.
+its convolutions (the same function in eval mode, and one for which DP-SGD needs no replacement) and whose last layer is random
+again, 0.03 times the usual size: from there one step of the server, on all layers, learns a classifier. The step is chosen
+once, for the undefended update, on 128 other images. ResNet-20 was trained on CIFAR-10 by others, these images among them, so
+the accuracies are good for comparing only.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Round:
 
 
 def folded_resnet20(weights: Path) -> nn.Module:
-    """The trained ResNet-20 in eval mode without batch norm, the same function, but for a last layer of zeros."""
+    """The trained ResNet-20 in eval mode without batch norm, the same function, but for a last layer that starts anew."""
     model = models.build(
         ModelSpec(name="resnet20-cifar", weights=weights, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
         image_shape=(3, 32, 32),
@@ -95,8 +96,11 @@ def folded_resnet20(weights: Path) -> nn.Module:
         model.set_submodule(norm, nn.Identity())
     last = model.get_submodule("linear")
     assert isinstance(last, nn.Linear)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        last.reset_parameters()
+    for parameter in last.parameters():
+        parameter.data *= 0.03
     return model.requires_grad_()
 
 
