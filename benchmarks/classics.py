@@ -3,8 +3,8 @@
     python benchmarks/classics.py --source cifar10 --resnet20 cifar10_resnet20.safetensors [--only NAME ...]
 
 - ``dlg``, ``idlg``: the first ten training images, one at a time, on the sigmoid LeNet of Deep Leakage from Gradients (random
-  weights). ``dlg`` finds the label by itself, ``idlg`` reads it from the gradient. Up to ``repeat`` restarts, the one with the
-  least matching loss counts, as an attacker would choose.
+  weights). ``dlg`` finds the label by itself, ``idlg`` reads it from the gradient. First images are N(1/2, 1/4^2). Of
+  ``repeat`` restarts the one with the least matching loss counts, as an attacker would choose.
 - ``inverting-gradients``: one image on a ReLU ResNet-20 that was trained on CIFAR-10, batch norm in eval mode, label read from
   the gradient (rule ``idlg``). Each weight of total variation is a row.
 - ``analytic``: one image from a network that begins with a linear layer.
@@ -57,7 +57,7 @@ def lenet(name: str, source: str, *, rounds: int, repeat: int) -> tuple[dict[str
     images, found = [], []
     for i in range(IMAGES):
         truth = data.load(DataSpec(source=source, start=i, batch=1))
-        result = rebuild(model, truth, name, rounds=rounds, repeat=repeat, patience=20)
+        result = rebuild(model, truth, name, rounds=rounds, repeat=repeat, patience=20, initial="normalised")
         images.append(torch.zeros(3, 32, 32) if result is None else result.images[0])
         if result is not None:
             right = bool(result.labels.values[0] == truth.labels[0])
@@ -69,7 +69,7 @@ def lenet(name: str, source: str, *, rounds: int, repeat: int) -> tuple[dict[str
     row = {
         "name": f"{name} on LeNet",
         "attack": name,
-        "settings": {"rounds": rounds, "repeat": repeat, "patience": 20},
+        "settings": {"rounds": rounds, "repeat": repeat, "patience": 20, "initial": "normalised"},
         "images": IMAGES,
         "successes": successes,
         "best_psnr": max(row["psnr"] for row in found),
@@ -89,7 +89,7 @@ def trained_resnet20(source: str, weights: Path, *, image: int, settings: dict[s
     result = rebuild(model, truth, "inverting-gradients", mode="eval", **settings)
     assert result is not None
     row = {
-        "name": f"inverting-gradients on ResNet-20, image {image}, TV {settings['total_variation']:g}",
+        "name": f"inverting-gradients on ResNet-20, image {image}, TV {settings['total_variation']:g}, {settings['rounds']} rounds",
         "attack": "inverting-gradients",
         "image": image,
         "settings": settings,
@@ -125,10 +125,11 @@ def main() -> None:
     parser.add_argument("--source", default="cifar10", help="cifar10, or npz:FILE with its first training images")
     parser.add_argument("--resnet20", type=Path, help="safetensors file of the trained ResNet-20")
     parser.add_argument("--only", nargs="+", choices=cells, default=list(cells))
-    parser.add_argument("--rounds", type=int, default=60, help="of dlg and idlg; of inverting-gradients 25 times as many")
-    parser.add_argument("--repeat", type=int, default=4, help="restarts of dlg and idlg")
-    parser.add_argument("--images", type=int, nargs="+", default=[0, 4, 7], help="for inverting-gradients")
-    parser.add_argument("--total-variation", type=float, nargs="+", default=[1e-3, 1e-2, 3e-2])
+    parser.add_argument("--rounds", type=int, default=50, help="of dlg and idlg")
+    parser.add_argument("--repeat", type=int, default=1, help="restarts of dlg and idlg")
+    parser.add_argument("--images", type=int, nargs="+", default=[7], help="for inverting-gradients")
+    parser.add_argument("--total-variation", type=float, nargs="+", default=[1e-4, 1e-3, 1e-2, 1e-1])
+    parser.add_argument("--descent", type=int, default=600, help="rounds of inverting-gradients")
     parser.add_argument("--pictures", type=Path, default=Path("runs/classics"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -153,7 +154,7 @@ def main() -> None:
             )
         }
         for weight in arguments.total_variation:
-            settings = {"rounds": 25 * arguments.rounds, "total_variation": weight}
+            settings = {"rounds": arguments.descent, "total_variation": weight}
             rebuilt = []
             for image in arguments.images:
                 row, picture = trained_resnet20(arguments.source, arguments.resnet20, image=image, settings=settings)

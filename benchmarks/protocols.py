@@ -32,7 +32,6 @@ SEED, ROUNDS, CHANNELS = 0, 200, 32
 #: Cell -> (number of images, the client).
 CELLS: dict[str, tuple[int, dict[str, Any]]] = {
     "FedSGD": (8, {}),
-    "FedAvg, 5 steps on the batch": (8, {"protocol": "fedavg", "epochs": 5, "learning_rate": 0.1}),
     "FedAvg, 5 steps of 2 images, known order": (10, {"protocol": "fedavg", "local_batch": 2, "learning_rate": 0.1}),
     "average of 4 clients": (8, {"protocol": "average", "clients": 4}),
     "float16": (8, {"transport": "float16"}),
