@@ -88,8 +88,9 @@ def trained_resnet20(source: str, weights: Path, *, image: int, settings: dict[s
     truth = data.load(DataSpec(source=source, start=image, batch=1))
     result = rebuild(model, truth, "inverting-gradients", mode="eval", **settings)
     assert result is not None
+    chosen = f"TV {settings['total_variation']:g}, {settings['rounds']} rounds"
     row = {
-        "name": f"inverting-gradients on ResNet-20, image {image}, TV {settings['total_variation']:g}, {settings['rounds']} rounds",
+        "name": f"inverting-gradients on ResNet-20, image {image}, {chosen}",
         "attack": "inverting-gradients",
         "image": image,
         "settings": settings,
