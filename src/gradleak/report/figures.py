@@ -223,7 +223,7 @@ def leak_against_cost_svg(
             )
         for name, position in (marks or {}).items():
             axes.axvline(position, color="#888888", linewidth=0.8, linestyle="--")
-            axes.annotate(name, (position, 1.0), rotation=90, ha="right", va="top", fontsize=8, color="#666666")
+            axes.annotate(name, (position, 0.02), rotation=90, ha="right", va="bottom", fontsize=8, color="#666666")
         if log:
             axes.set_xscale("log")
         axes.set_xlabel(cost)
