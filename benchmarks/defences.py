@@ -134,7 +134,7 @@ def measure(kind: str, settings: dict[str, Any], *, source: str, server: Round, 
     if kind == "dp-sgd" and settings["noise"] == 0:
         # the undefended point of the model without batch norm: a norm that clips nothing
         defences = [DPSGD(clip=1e6, noise=0.0)]
-    name = " ".join([kind, *(f"{value:g}" for key, value in settings.items() if key != "clip")])
+    name = named(kind, settings)
     return {
         "name": name,
         "defence": kind,
@@ -148,6 +148,11 @@ def measure(kind: str, settings: dict[str, Any], *, source: str, server: Round, 
         },
         **provenance(seed=SEED),
     }
+
+
+def named(kind: str, settings: dict[str, Any]) -> str:
+    """The name of a row: the defence and its strength."""
+    return " ".join([kind, *(f"{value:g}" for key, value in settings.items() if key != "clip")])
 
 
 def measure_size(kind: str, size: int, *, source: str, work: Path) -> dict[str, Any]:
@@ -200,6 +205,7 @@ def main() -> None:
     parser.add_argument("--source", default="cifar10", help="cifar10, or npz:FILE with its first 768 training images")
     parser.add_argument("--resnet20", type=Path, help="safetensors file of the trained ResNet-20")
     parser.add_argument("--only", nargs="+", choices=[*LADDERS, *SIZES], default=[*LADDERS, *SIZES])
+    parser.add_argument("--missing", action="store_true", help="leave out what is in the results already")
     parser.add_argument("--work", type=Path, default=Path("runs/defences"), help="where reconstructions go")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw what has been measured, and stop")
     arguments = parser.parse_args()
@@ -211,6 +217,9 @@ def main() -> None:
     print(f"rate {server.rate}, before {server.before}, after an undefended round {server.undefended}", flush=True)
     for kind in arguments.only:
         for strength in LADDERS.get(kind, SIZES.get(kind, [])):
+            name = named(kind, strength) if isinstance(strength, dict) else f"{kind} {strength}"
+            if arguments.missing and name in [row["name"] for row in rows_of("defences")]:
+                continue
             if isinstance(strength, dict):
                 row = measure(kind, strength, source=arguments.source, server=server, work=arguments.work)
             else:
