@@ -88,7 +88,7 @@ def trained_resnet20(source: str, weights: Path, *, image: int, settings: dict[s
     truth = data.load(DataSpec(source=source, start=image, batch=1))
     result = rebuild(model, truth, "inverting-gradients", mode="eval", **settings)
     assert result is not None
-    chosen = f"TV {settings['total_variation']:g}, {settings['rounds']} rounds"
+    chosen = f"TV {settings['total_variation']:g}, rate {settings['learning_rate']:g}, {settings['rounds']} rounds"
     row = {
         "name": f"inverting-gradients on ResNet-20, image {image}, {chosen}",
         "attack": "inverting-gradients",
@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1, help="restarts of dlg and idlg")
     parser.add_argument("--images", type=int, nargs="+", default=[7], help="for inverting-gradients")
     parser.add_argument("--total-variation", type=float, nargs="+", default=[1e-4, 1e-3, 1e-2, 1e-1])
+    parser.add_argument("--learning-rate", type=float, default=0.1, help="of inverting-gradients")
     parser.add_argument("--descent", type=int, default=600, help="rounds of inverting-gradients")
     parser.add_argument("--pictures", type=Path, default=Path("runs/classics"))
     arguments = parser.parse_args()
@@ -155,7 +156,7 @@ def main() -> None:
             )
         }
         for weight in arguments.total_variation:
-            settings = {"rounds": arguments.descent, "total_variation": weight}
+            settings = {"rounds": arguments.descent, "total_variation": weight, "learning_rate": arguments.learning_rate}
             rebuilt = []
             for image in arguments.images:
                 row, picture = trained_resnet20(arguments.source, arguments.resnet20, image=image, settings=settings)
