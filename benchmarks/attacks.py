@@ -134,7 +134,7 @@ def picture(path: Path, setting: Setting, work: Path) -> None:
     rows = {"truth": setting.truth.images}
     for name in sorted(found, key=lambda name: -found[name]):
         rows[f"{name}\n{found[name]:.1f} dB"] = read_tensors(work / f"{name}.safetensors", error=ObservationError)[0]["images"]
-    comparison_png(path, rows)
+    comparison_png(path, rows, pixels=64)
 
 
 def main() -> None:
