@@ -86,7 +86,7 @@ def federated_round(
             images, labels = truth.images.to(weight), truth.labels.to(weight.device)
             update = client.sent(images, labels, torch.Generator().manual_seed(seed + k))
         for name, change in update.items():
-            named[name] -= rate * len(truth.labels) / total * change
+            named[name].sub_(rate * len(truth.labels) / total * change)
     return after
 
 
