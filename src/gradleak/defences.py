@@ -12,8 +12,8 @@ An attacker who knows the defences inverts that same operator, with noise at its
 - with what the update itself shows: entries that were pruned are zero in it, so they are left out of the comparison
   (:func:`visible_mask`).
 
-The cost of a defence is its relative distortion :math:`\|g' - g\| / \|g\|` (:func:`distortion`), and a model's accuracy,
-which is not measured here.
+The cost of a defence is its relative distortion :math:`\|g' - g\| / \|g\|` (:func:`distortion`), and what it does to a
+model's accuracy (:mod:`gradleak.federation`).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import base64
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,38 @@ def grid_png(path: Path, truth: Tensor | None, reconstruction: Tensor, *, captio
     write_atomically(path, [buffer.getvalue()])
 
 
+def comparison_png(path: Path, rows: Mapping[str, Tensor], *, pixels: int = 48) -> None:
+    """A PNG of named rows of images, for example the truth above what several attacks made of it.
+
+    Args:
+        path: Where to write; replaced atomically.
+        rows: Name (lines separated by ``\\n``) -> N x C x H x W in [0, 1]; rows may differ in N.
+        pixels: Width and height of each image in the picture: the nearest whole multiple of its own size up to it.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    gap, margin, font = 3, 8, _font(12)
+    largest = max(max(images.shape[2:]) for images in rows.values())
+    cell = largest * max(1, pixels // largest)
+    left = margin + max(math.ceil(font.getlength(line)) for name in rows for line in name.split("\n")) + 8
+    columns = max(len(images) for images in rows.values())
+    size = (left + columns * (cell + gap) - gap + margin, 2 * margin + len(rows) * (cell + gap) - gap)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for j, (name, images) in enumerate(rows.items()):
+        y = margin + j * (cell + gap)
+        draw.multiline_text((margin, y + cell // 2), name, fill="#222222", font=font, anchor="lm", spacing=2)
+        for i, image in enumerate(images):
+            shown = picture(image)
+            factor = max(1, cell // max(shown.size))
+            shown = shown.resize((shown.width * factor, shown.height * factor), Image.Resampling.NEAREST)
+            canvas.paste(shown, (left + i * (cell + gap), y))
+    buffer = io.BytesIO()
+    canvas.save(buffer, format="PNG", optimize=True)
+    write_atomically(path, [buffer.getvalue()])
+
+
 def curve_svg(
     rounds: Sequence[float], values: Sequence[float | None], *, label: str, log: bool = False, top: float | None = None
 ) -> str:
@@ -207,6 +239,62 @@ def _style(label: str) -> Any:
         "ytick.color": _MUTED,
         "grid.color": _LINE,
     }
+
+
+def leak_against_cost_svg(
+    path: Path,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    cost: str,
+    leak: str = "SSIM of the reconstruction",
+    log: bool = False,
+    marks: Mapping[str, float] | None = None,
+) -> None:
+    """Curves of defences, one point for each strength: what still leaks (0 to 1) against what the strength costs.
+
+    Args:
+        path: An SVG file; replaced atomically. It is the same for the same numbers.
+        curves: Defence -> (cost, leak) of each strength, in the order of the strengths.
+        cost: Label of the horizontal axis.
+        leak: Label of the vertical axis.
+        log: Logarithmic horizontal axis; points of cost 0 are then left out.
+        marks: Name -> cost, drawn as vertical lines: no defence, say.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the user's own style must not change the figure
+        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": path.name, "font.size": 9})
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.subplots()
+        colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+        for k, (name, points) in enumerate(curves.items()):
+            shown = [(x, y) for x, y in points if x > 0 or not log]
+            axes.plot(
+                [x for x, _ in shown],
+                [y for _, y in shown],
+                label=name,
+                color=colours[k % 10],
+                marker="os^Dv<>ph*"[k % 10],
+                markersize=4,
+                linewidth=1.2,
+            )
+        for name, position in (marks or {}).items():
+            axes.axvline(position, color="#888888", linewidth=0.8, linestyle="--")
+            axes.annotate(name, (position, 0.02), rotation=90, ha="right", va="bottom", fontsize=8, color="#666666")
+        if log:
+            axes.set_xscale("log")
+        axes.set_xlabel(cost)
+        axes.set_ylabel(leak)
+        axes.set_ylim(0, 1.02)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(True, linewidth=0.5, color="#dddddd")
+        axes.set_axisbelow(True)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
+    write_atomically(path, buffer.getvalue())
 
 
 def _plain(axes: Axes, *, log: bool, bounds: tuple[float, float]) -> None:
