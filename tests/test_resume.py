@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -21,6 +22,7 @@ from gradleak.errors import OutputError
 from gradleak.folder import lock_folder, open_folder
 from gradleak.invert import Reconstruction, invert
 from gradleak.labels import recover
+from gradleak.observation import Observation
 from gradleak.spec import DataSpec
 
 TINY = {
@@ -152,6 +154,10 @@ def test_invert_resumes(interrupting: Path) -> None:
     whole, run = (interrupting / name / "reconstruction.safetensors" for name in ("whole", "run"))
     assert run.read_bytes() == whole.read_bytes()
     assert read(interrupting / "run")["partial"] is False
+    other = Observation.load(update, loss="loss.py:loss")
+    changed = {name: 2 * t for name, t in other.update.items()}
+    dataclasses.replace(other, update=changed).save(interrupting / "other.safetensors")
+    assert call("invert", interrupting / "other.safetensors", *attacked, "--out", interrupting / "run", "--resume") == 2
 
 
 def test_resuming_what_is_finished_or_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

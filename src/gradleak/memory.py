@@ -73,7 +73,7 @@ def estimate(problem: Problem, attack: Attack, image_model: nn.Module) -> Estima
     client = problem.client
     weight = next(iter(client.weights.values()))
     count = min(2, problem.batch)
-    images = torch.rand(count, *problem.image_shape, device=weight.device, dtype=weight.dtype)
+    images = torch.zeros(count, *problem.image_shape, device=weight.device, dtype=weight.dtype)
     labels = problem.labels[:count]
     transpose = secant if attack.engine == "secant" else exact
     kept = _saved(lambda: transpose(lambda w, x: client.loss(w, x, labels), client.weights, images), client.weights.values())

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gradleak import data, models
 from gradleak.attacks import Attack, attack
 from gradleak.attacks.recipe import GAIN_BLIND
-from gradleak.checkpoint import Checkpoint
+from gradleak.checkpoint import Checkpoint, digest
 from gradleak.client import ClientOperator, Cost, build_client, defence_costs, operator, simulate
 from gradleak.defences import DPSGD, visible_mask
 from gradleak.defences import parse as defences_of
@@ -300,8 +300,11 @@ def invert_observation(
     client = operator(observation, model, where=where)
     text = f"# gradleak invert {printable(where)}\n"
     text += dump(resolve(spec, recipe), leave_out={"data", "client", "defence", "evaluate"})
+    identity = digest("", observation.update)
     finished = check_resumable(out, text) if resume else None
     if finished is not None:
+        if finished.get("update_sha256") != identity:
+            raise ObservationError(f"{where}: is not the update of the finished run in {out}; choose another --out")
         return finished
     with open_folder(out, force=force, resume=resume):
         write_atomically(out / SPEC, text)
@@ -312,6 +315,7 @@ def invert_observation(
             )
         result = describe(spec, recipe, observation, client, reconstruction, device, simulated=False, command=command)
         result |= {"partial": bool(reconstruction.interrupted), "interrupted": reconstruction.interrupted or None}
+        result["update_sha256"] = identity
         if reconstruction.interrupted:
             result["warnings"].append(_partial(reconstruction, reconstruction.interrupted))
         result = write_run(out, result, reconstruction, spec_text=text, redact=redact)
