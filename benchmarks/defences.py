@@ -39,6 +39,7 @@ from gradleak.labels import Labels
 from gradleak.observation import Truth
 from gradleak.report.figures import leak_against_cost_svg
 from gradleak.spec import ClientSpec, DataSpec, DefenceSpec, ModelSpec
+from gradleak.tensors import write_tensors
 from record import aligned, provenance, rows_of, save_row, scores
 
 SEED, ROUNDS, CHANNELS = 0, 200, 32
@@ -75,9 +76,11 @@ class Round:
         self.before = held_out_score(self.model, self.held_out)
         self.undefended = self.after([])
 
-    def after(self, defences: list[Defence]) -> dict[str, float]:
+    def after(self, defences: list[Defence], *, images: int = IMAGES_EACH) -> dict[str, float]:
+        """Held-out scores after the round, of clients that have only their first ``images`` images."""
+        clients = [Truth(client.images[:images], client.labels[:images]) for client in self.clients]
         score = accuracy_after_round(
-            self.model, self.spec, self.clients, self.held_out, rate=self.rate, defences=defences, seed=SEED
+            self.model, self.spec, clients, self.held_out, rate=self.rate, defences=defences, seed=SEED
         )
         # JSON has no infinity: noise can drive the loss beyond every number
         return {"accuracy": round(score.accuracy, 4), "loss": round(min(score.loss, 1e6), 4)}
@@ -115,7 +118,7 @@ def leak(source: str, *, batch: int, client: ClientSpec, defences: list[Defence]
     result = invert(observation, recipe, client=known, labels=Labels(observation.labels, "known"), seed=SEED, progress=False)
     costs = defence_costs(model, client, truth, defences=defences, seed=SEED) if defences else []
     work.mkdir(parents=True, exist_ok=True)
-    torch.save(aligned(result.images, truth), work / f"{name.replace(' ', '-')}.pt")
+    write_tensors(work / f"{name.replace(' ', '-')}.safetensors", {"images": aligned(result.images, truth)}, {})
     return {
         "batch": batch,
         "rounds": result.rounds,
@@ -155,12 +158,26 @@ def named(kind: str, settings: dict[str, Any]) -> str:
     return " ".join([kind, *(f"{value:g}" for key, value in settings.items() if key != "clip")])
 
 
-def measure_size(kind: str, size: int, *, source: str, work: Path) -> dict[str, Any]:
+def round_of_size(kind: str, size: int, server: Round) -> dict[str, Any]:
+    """The round of clients with batches of one size. Secure aggregation gives the server the very average that it takes anyway."""
+    defended = server.after([], images=size) if kind == "larger batch" else server.undefended
+    before = dataclasses.asdict(server.before)
+    return {"before": before, "undefended": server.undefended, "defended": defended, "rate": server.rate}
+
+
+def measure_size(kind: str, size: int, *, source: str, server: Round, work: Path) -> dict[str, Any]:
     """The row of one batch size, or of one number of clients with four images each."""
     name = f"{kind} {size}"
     batch, client = (size, ClientSpec()) if kind == "larger batch" else (4 * size, ClientSpec(protocol="average", clients=size))
     row = leak(source, batch=batch, client=client, defences=[], work=work, name=name)
-    return {"name": name, "defence": kind, "settings": {"size": size}, **row, **provenance(seed=SEED)}
+    return {
+        "name": name,
+        "defence": kind,
+        "settings": {"size": size},
+        **row,
+        "round": round_of_size(kind, size, server),
+        **provenance(seed=SEED),
+    }
 
 
 def plot(folder: Path) -> None:
@@ -206,6 +223,7 @@ def main() -> None:
     parser.add_argument("--resnet20", type=Path, help="safetensors file of the trained ResNet-20")
     parser.add_argument("--only", nargs="+", choices=[*LADDERS, *SIZES], default=[*LADDERS, *SIZES])
     parser.add_argument("--missing", action="store_true", help="leave out what is in the results already")
+    parser.add_argument("--rounds-of-sizes", action="store_true", help="measure only the rounds of rows that have none")
     parser.add_argument("--work", type=Path, default=Path("runs/defences"), help="where reconstructions go")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw what has been measured, and stop")
     arguments = parser.parse_args()
@@ -215,6 +233,13 @@ def main() -> None:
         return
     server = Round(arguments.source, arguments.resnet20)
     print(f"rate {server.rate}, before {server.before}, after an undefended round {server.undefended}", flush=True)
+    if arguments.rounds_of_sizes:
+        for row in rows_of("defences"):
+            if "round" not in row:
+                row["round"] = {**round_of_size(row["defence"], row["settings"]["size"], server), **provenance(seed=SEED)}
+                save_row("defences", row)
+                print(row["name"], row["round"]["defended"], flush=True)
+        return
     for kind in arguments.only:
         for strength in LADDERS.get(kind, SIZES.get(kind, [])):
             name = named(kind, strength) if isinstance(strength, dict) else f"{kind} {strength}"
@@ -223,7 +248,7 @@ def main() -> None:
             if isinstance(strength, dict):
                 row = measure(kind, strength, source=arguments.source, server=server, work=arguments.work)
             else:
-                row = measure_size(kind, strength, source=arguments.source, work=arguments.work)
+                row = measure_size(kind, strength, source=arguments.source, server=server, work=arguments.work)
             save_row("defences", row)
             after = row.get("round", {}).get("defended")
             print(row["name"], row["distortion"], row["metrics"]["ssim"], after, row["seconds"], "s", flush=True)
