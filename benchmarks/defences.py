@@ -159,7 +159,7 @@ def named(kind: str, settings: dict[str, Any]) -> str:
 
 
 def round_of_size(kind: str, size: int, server: Round) -> dict[str, Any]:
-    """The round of clients with batches of one size. Secure aggregation gives the server the very average that it takes anyway."""
+    """The round of clients with batches of one size; secure aggregation gives the server the average that it takes anyway."""
     defended = server.after([], images=size) if kind == "larger batch" else server.undefended
     before = dataclasses.asdict(server.before)
     return {"before": before, "undefended": server.undefended, "defended": defended, "rate": server.rate}
