@@ -143,7 +143,16 @@ READERS: dict[str, Callable[[Path, Path], list[str | Path]]] = {
     "backbone of audit": lambda f, h: ["audit", *tiny(evaluate_lpips=str(f)), "--out", h / "out"],
     "generator of audit": lambda f, h: [
         *["audit", "--set", "device=cpu", "--set", "data.batch=1", "--set", "data.size=8", "--set", "model.name=lenet"],
-        *["--set", "attack.name=gias", "--set", f"attack.generator={f}", "--out", h / "out"],
+        *[
+            "--set",
+            "threat.surrogate_data=true",
+            "--set",
+            "attack.name=gias",
+            "--set",
+            f"attack.generator={f}",
+            "--out",
+            h / "out",
+        ],
     ],
     "update of invert": lambda f, h: ["invert", f, "--out", h / "out"],
     "truth of evaluate": lambda f, h: ["evaluate", h / "run", "--truth", f, "--lpips", "off"],
