@@ -193,6 +193,17 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(truth: Truth, tmp_pat
     assert equal(run(truth, tmp_path / "c.safetensors", **options), run(truth, **options))
 
 
+def test_a_damaged_checkpoint_never_replaces_the_whole_one_before(truth: Truth, tmp_path: Path) -> None:
+    """Damage, one more round, damage again: the one before is still the whole one, and the run is not lost."""
+    options = {"channels": 4, "rounds": 8}
+    run(truth, tmp_path / "c.safetensors", until=3, **options)
+    for _ in range(3):
+        flip(tmp_path / "c.safetensors")
+        run(truth, tmp_path / "c.safetensors", until=1, **options)
+    flip(tmp_path / "c.safetensors")
+    assert equal(run(truth, tmp_path / "c.safetensors", **options), run(truth, **options))
+
+
 def test_two_damaged_checkpoints_are_an_error(truth: Truth, tmp_path: Path) -> None:
     run(truth, tmp_path / "c.safetensors", until=4, channels=4, rounds=6)
     flip(tmp_path / "c.safetensors")

@@ -47,6 +47,7 @@ class Checkpoint:
     def __init__(self, path: Path, *, every: float = 60.0) -> None:
         self.path, self.every = path, every
         self._last, self._took, self._failures = time.monotonic(), 0.0, 0
+        self._damaged = False
 
     @property
     def previous(self) -> Path:
@@ -73,7 +74,8 @@ class Checkpoint:
         tensors, text = _pack(state)
         metadata = {"format": FORMAT, "version": VERSION, "run": run, "state": text, "digest": digest(text, tensors)}
         try:
-            write_tensors(self.path, tensors, metadata, keep=self.previous)
+            # a damaged file does not take the place of the whole one before it
+            write_tensors(self.path, tensors, metadata, keep=None if self._damaged else self.previous)
         except OutputError as fault:
             self._failures += 1
             if self._failures >= FAILURES:
@@ -82,7 +84,7 @@ class Checkpoint:
                 ) from None
             log.warning("no checkpoint: %s", fault)
         else:
-            self._failures = 0
+            self._failures, self._damaged = 0, False
         self._last = time.monotonic()
         self._took = self._last - start
 
@@ -109,6 +111,7 @@ class Checkpoint:
                 )
             if faults:
                 log.warning("%s: going on from the checkpoint before", path)
+                self._damaged = True
             return state
         if faults:
             raise CheckpointError(f"{'; '.join(faults)}; no whole checkpoint is left: start anew with --force")
