@@ -4,7 +4,8 @@
 
 Every run is a process of its own, ``gradleak audit`` with a checkpoint after every round. Lost is a run that does not end
 in the undisturbed one's result: the same bytes of ``reconstruction.safetensors``, the same loss of every round and the
-same scores. ``full-disk`` and ``read-only`` mount a small tmpfs, which needs root on Linux; ``clock`` needs libfaketime.
+same scores. ``full-disk`` mounts a small tmpfs, which needs root on Linux; ``unwritable`` makes a
+folder immutable for root; ``clock`` needs libfaketime.
 """
 
 from __future__ import annotations
@@ -231,30 +232,30 @@ def full_disk(out: Path, reference: dict[str, Any], times: int, dice: random.Ran
         return Outcome(times, code != 0 or result(run) != reference, text if code else "exit code 2 each time")
 
 
-def read_only(out: Path, reference: dict[str, Any], times: int, dice: random.Random) -> Outcome:
-    """The file system becomes read-only in mid-run: the same."""
-    disk = out.with_name(f"{out.name}-disk")
-    with small_disk(disk, "8m"):
-        run = disk / "run"
-        process = start(run)
-        for _ in range(times):
-            wait_for_rounds(process)
-            remounted = subprocess.run(["mount", "-o", "remount,ro", disk], check=False, capture_output=True)
-            for _ in range(200):  # busy while a file is open for writing
-                if remounted.returncode == 0:
-                    break
-                time.sleep(dice.uniform(0, 0.01))
-                remounted = subprocess.run(["mount", "-o", "remount,ro", disk], check=False, capture_output=True)
+def unwritable(out: Path, reference: dict[str, Any], times: int, dice: random.Random) -> Outcome:
+    """The folder becomes unwritable in mid-run: a clear error, exit code 2, also for a run that begins there."""
+    root = os.geteuid() == 0  # whom permissions do not stop
+
+    def lock(locked: bool) -> None:
+        command = ["chattr", "+i" if locked else "-i", out] if root else ["chmod", "500" if locked else "700", out]
+        if subprocess.run(command, check=False, capture_output=True).returncode:
+            raise Skip("this file system has no immutable folders")
+
+    process = start(out)
+    for _ in range(times):
+        wait_for_rounds(process)
+        time.sleep(dice.uniform(0, 0.2))
+        lock(True)
+        try:
             code, text = finish(process)
-            if code != 2 or "Read-only file system" not in text:
-                return Outcome(times, True, f"exit code {code}: {text[-300:]}")
-            refused, why = finish(start(run, "--resume"))
-            if refused != 2:
-                return Outcome(times, True, f"a run on a read-only disk ends with exit code {refused}: {why[-300:]}")
-            subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
-            process = start(run, "--resume")
-        code, text = finish(process)
-        return Outcome(times, code != 0 or result(run) != reference, text if code else "exit code 2 each time")
+            refused, why = finish(start(out, "--resume"))
+        finally:
+            lock(False)
+        if (code, refused) != (2, 2) or not all("ermi" in message.splitlines()[-1] for message in (text, why)):
+            return Outcome(times, True, f"exit codes {code} and {refused}: {text[-200:]} {why[-200:]}")
+        process = start(out, "--resume")
+    code, text = finish(process)
+    return Outcome(times, code != 0 or result(out) != reference, text if code else "exit code 2 each time")
 
 
 def vanished(out: Path, reference: dict[str, Any], times: int, dice: random.Random) -> Outcome:
@@ -318,7 +319,7 @@ FAULTS: dict[str, Callable[[Path, dict[str, Any], int, random.Random], Outcome]]
     "sigint": _signals(signal.SIGINT),
     "sigterm": _signals(signal.SIGTERM),
     "full-disk": full_disk,
-    "read-only": read_only,
+    "unwritable": unwritable,
     "vanished": vanished,
     "clock": clock,
     "concurrent": concurrent,
