@@ -213,7 +213,9 @@ def test_two_damaged_checkpoints_are_an_error(truth: Truth, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"learning_rate": 1e-3}, {"rounds": 7}, {"client": FedSGD(network())}], ids=str
+    "change",
+    [{"seed": 1}, {"learning_rate": 1e-3}, {"rounds": 7}, {"client": FedSGD(network())}],
+    ids=["seed", "rate", "rounds", "client"],
 )
 def test_another_runs_checkpoint_is_refused(truth: Truth, tmp_path: Path, change: dict[str, Any]) -> None:
     options = {"channels": 4, "rounds": 6}
