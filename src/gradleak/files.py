@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import psutil
+
 from gradleak.errors import GradleakError, OutputError
 
 #: Deepest nesting of a JSON document: ours need six levels.
@@ -101,7 +103,7 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def machine_memory() -> int:
     """Bytes of memory that this machine has; nothing larger can be read into it."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 36
+    return int(psutil.virtual_memory().total)
 
 
 def write_atomically(path: Path, parts: Iterable[bytes | memoryview] | str, *, keep: Path | None = None) -> None:

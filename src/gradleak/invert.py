@@ -446,11 +446,12 @@ class _Loop:
 
     def _state_to_fall_back_to(self) -> dict[str, Any]:
         """Parameters and the optimiser's state, copied."""
+        phase = self.plan[min(self.t, self.rounds - 1)]
         return {
             "round": self.t,
-            "phase": self.phases.index(self.plan[min(self.t, self.rounds - 1)]),
+            "phase": self.phases.index(phase),
             "image_model": copy.deepcopy(self.image_model.state_dict()),
-            "optimiser": copy.deepcopy(self.plan[min(self.t, self.rounds - 1)].optimiser.state_dict()),
+            "optimiser": copy.deepcopy(phase.optimiser.state_dict()),
         }
 
     def _fall_back(self, fault: _NotFinite) -> None:

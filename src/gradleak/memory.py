@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -114,10 +114,8 @@ def fit(problem: Problem, attack: Attack, image_model: nn.Module, *, limit_mb: f
     whole = found = estimate(problem, attack, image_model)
     while found.total > limit and client.can_split and found.held > 1:
         client.in_pieces(math.ceil(client.held_images(problem.batch) / 2))
-        before, found = (
-            found.held,
-            Estimate(found.per_image, client.held_images(problem.batch), found.updates, found.image_model),
-        )
+        before = found.held
+        found = replace(found, held=client.held_images(problem.batch))
         if found.held == before:
             break
     if found.total > limit:
