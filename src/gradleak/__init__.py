@@ -18,9 +18,11 @@ from gradleak.invert import Reconstruction, invert
 from gradleak.labels import Labels, recover
 from gradleak.matrix import audit_matrix
 from gradleak.models import build as build_model
+from gradleak.models import normalised
 from gradleak.observation import Observation, Truth, Update
 from gradleak.run import audit
 from gradleak.spec import ClientSpec, DataSpec, DefenceSpec, ModelSpec, RunSpec, ThreatSpec, load
+from gradleak.updates import from_gradient, from_weights, observe
 
 try:
     __version__ = version("gradleak")
@@ -51,9 +53,13 @@ __all__ = [
     "build_client",
     "build_model",
     "evaluate",
+    "from_gradient",
+    "from_weights",
     "invert",
     "load",
     "load_data",
+    "normalised",
+    "observe",
     "operator",
     "recover",
     "simulate",

@@ -285,7 +285,9 @@ def _print_result(result: dict[str, Any], folder: Path) -> None:
             f"{found['candidates']} candidates (a guess: {100 * found['chance']:.2g} %)"
         )
     labels = result["labels"]
-    if labels["rule"] != "known" and labels.get("accuracy") is not None:
+    if labels["rule"] != "known" and labels.get("mean_absolute_error") is not None:
+        _echo(f"  targets by {labels['rule']}: off by {labels['mean_absolute_error']:.3g} in the mean")
+    if labels["rule"] != "known" and labels.get("classes_found") is not None:
         _echo(
             f"  labels by {labels['rule']}: {100 * labels['accuracy']:.4g} % right, {100 * labels['classes_found']:.4g} % of "
             f"the classes found, {100 * labels['counts_exact']:.4g} % of the counts exact"

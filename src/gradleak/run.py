@@ -31,10 +31,10 @@ from gradleak.evaluate import (
     Evaluation,
     evaluate,
     identify,
-    label_scores,
     mean_image_control,
     quality_over_rounds,
     remark,
+    target_scores,
     verdict,
 )
 from gradleak.files import write_atomically
@@ -47,12 +47,12 @@ from gradleak.observation import Observation, Truth
 from gradleak.report import ReportData, write_report
 from gradleak.results import read_result, read_run, remove_pictures
 from gradleak.spec import DefenceSpec, RunSpec, dump, flat, override, read_table
+from gradleak.targets import LOSSES, are_classes
 from gradleak.tensors import write_tensors
 from gradleak.threat import LETTERS, check_granted, letter
 
 #: Keys of a specification that change neither what is computed nor its last bit on one machine.
 INDIFFERENT = {"threads", "device", "checkpoint_seconds", "memory_limit_mb", "evaluate"}
-
 
 log = logging.getLogger(__name__)
 
@@ -447,7 +447,8 @@ def describe(
         "assumptions": assumptions(spec, observation, client, reconstruction, simulated=simulated),
         "labels": {
             "rule": reconstruction.labels.rule,
-            "values": reconstruction.labels.values.tolist(),
+            "values": reconstruction.labels.values.tolist() if are_classes(reconstruction.labels.values) else None,
+            "shape": list(reconstruction.labels.values.shape),
             "classes": _classes(client, observation),
             "accuracy": None,
         },
@@ -471,11 +472,14 @@ def describe(
     }
 
 
-def _classes(client: ClientOperator, observation: Observation) -> int:
-    """K, the number of F's outputs."""
+def _classes(client: ClientOperator, observation: Observation) -> int | None:
+    """K, the size of dimension 1 of F's output; None where it has none, or the loss is not about classes."""
+    if client.loss_name in LOSSES and client.loss_name != "cross-entropy":
+        return None
     with torch.no_grad():
         images = torch.zeros(2, *observation.image_shape).to(next(iter(client.weights.values())))
-        return client.outputs(images).shape[-1]
+        output = client.outputs(images)
+    return output.shape[1] if output.ndim > 1 else None
 
 
 def named(defence: DefenceSpec) -> str:
@@ -525,24 +529,32 @@ def assumptions(
     unknowns = observation.batch * observation.image_shape[0] * observation.image_shape[1] * observation.image_shape[2]
     pruned = any(defence.name in ("prune", "soteria") for defence in observation.defences)
     equations = sum(int(m.sum()) for m in visible_mask(observation).values()) if pruned else client.parameters
-    counts = torch.bincount(reconstruction.labels.values)
+    used, rule = reconstruction.labels.values, reconstruction.labels.rule
+    one_class_each = are_classes(used)
+    counts = torch.bincount(used) if one_class_each else torch.zeros(1)
     repeats = int(counts[counts > 1].sum())
-    rule = reconstruction.labels.rule
+    noun = "labels" if one_class_each else "targets"
     kinds = sorted({type(m).__name__ for m in client.model.modules() if type(m).__module__.endswith(".activation")})
     coupled, gain = client.has_batch_statistics, reconstruction.notes["gain_check"]
     rows = [
         ("Threat model", f"{key}: {LETTERS[key]}", "letters of Carletti et al., SoK, USENIX Security 2025"),
         ("Model and weights", "known to the server", "in federated learning the server sent them"),
         (
-            "Labels",
-            "granted" if rule == "known" else f"recovered from the update, rule {rule!r}",
+            noun.capitalize(),
+            "granted"
+            if rule == "known"
+            else "optimised together with the images"
+            if rule == "joint"
+            else f"recovered from the update, rule {rule!r}",
             "the update does not depend on the order of the images"
             if observation.protocol.protocol == "fedsgd"
             else "in the order of the images, which tells their local step or client"
             if rule == "known"
             else "in no particular order, though the update depends on it: a wrong order costs quality",
         ),
-        ("Repeated labels", f"{repeats} of {observation.batch} images share a class with another", "they mix with each other"),
+        ("Repeated labels", f"{repeats} of {observation.batch} images share a class with another", "they mix with each other")
+        if one_class_each
+        else ("Shape of the targets", " x ".join(map(str, used.shape)), "the first is the batch"),
         ("Batch size", str(observation.batch), "known to the server"),
         ("Client", _protocol(observation), f"loss: {observation.protocol.loss}"),
         (
@@ -627,7 +639,8 @@ def advice(observation: Observation, client: ClientOperator) -> list[dict[str, s
         rows.append(
             (
                 "Do not count on hidden labels",
-                "This run granted them. They can usually be recovered from the last layer's gradient: try labels.rule=auto.",
+                "This run granted them. They can usually be recovered from the last layer's gradient, or optimised with the "
+                "images: try labels.rule=auto.",
             )
         )
     return [{"title": title, "text": text} for title, text in rows]
@@ -709,7 +722,9 @@ def _finish(
         evaluation = evaluate(images, truth, labels=labels, lpips=lpips)
         result |= scores(evaluation)
         result["identification"] = dataclasses.asdict(identify(images, truth, decoys=decoys))
-        result["labels"] |= label_scores(labels, truth.labels, classes=result["labels"].get("classes"))
+        result["labels"] |= target_scores(
+            labels, truth.labels, classes=result["labels"].get("classes"), assignment=evaluation.assignment
+        )
         if frames is not None:
             quality = {"round": list(snapshot_rounds), **quality_over_rounds(frames, truth)}
             result["quality"] = quality
@@ -760,7 +775,8 @@ def spec_for(observation: Observation, *, model: str | None, overrides: list[str
             f"{where}: it does not say which model it came from; name it with --model, for example --model models.py:build"
         )
     if model is not None:
-        described = {**(described if described.get("name") == model else {}), "name": model}
+        declared = {} if observation.normalisation is None else observation.normalisation._asdict()
+        described = {**(described if described.get("name") == model else declared), "name": model}
     rule = "known" if observation.labels is not None else "auto"
     return override({"model": described, "labels": {"rule": rule}}, overrides)
 
