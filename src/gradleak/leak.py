@@ -55,11 +55,11 @@ class Leak:
     @property
     def verdict(self) -> str:
         """One sentence for people; it names no image."""
-        rule = f"{self.recognisable} of {len(self.per_image)} images recognisable (SSIM >= {RECOGNISABLE_SSIM:.2f})"
         found = "exceeds" if self.exceeded else "does not exceed"
         return (
-            f"Leak score {self.score:.2f} {found} the threshold {self.threshold:.2f}: {rule} after {self.reconstruction.rounds} "
-            f"rounds, {self.reconstruction.seconds:.0f} s; a plain grey image scores {self.baseline:.2f}."
+            f"Leak score {self.score:.2f} {found} the threshold {self.threshold:.2f}: {self.recognisable} of "
+            f"{len(self.per_image)} images recognisable (SSIM >= {RECOGNISABLE_SSIM:.2f}) after "
+            f"{self.reconstruction.rounds} rounds; a plain grey image scores {self.baseline:.2f}."
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -68,8 +68,8 @@ def gradleak_mod(
     what really leaves: after the mods that clip, add noise or compress. A fault here never loses a round, unless ``block`` was
     asked for: then what cannot be audited does not leave.
 
-    Files in ``record`` are ``round-R-node-N.safetensors`` (:meth:`Observation.save`), and beside them ``.leak.json`` of an audit
-    and ``.truth.safetensors``.
+    Files in ``record`` are ``round-R-node-N.safetensors`` (:meth:`gradleak.observation.Observation.save`), and beside them
+    ``round-R-node-N.leak.json`` of an audit and ``round-R-node-N.truth.safetensors``.
 
     Args:
         model: Makes F as the client does; its weights do not matter.
@@ -95,9 +95,7 @@ def gradleak_mod(
         SpecError: Nothing is asked for, or settings contradict each other.
         OutputError: The folder cannot be made.
     """
-    outgoing = Outgoing(
-        record=None if record is None else Path(record), record_truth=record_truth, audit=audit, block=block
-    )
+    outgoing = Outgoing(record=None if record is None else Path(record), record_truth=record_truth, audit=audit, block=block)
     if truth is None and (outgoing.needs_truth or grant_labels):
         raise SpecError(
             "audit=, record_truth= and grant_labels= need the client's own batch: give truth=, a function of message and "
@@ -196,7 +194,7 @@ class RecordingStrategy(Strategy):
             )
         self.strategy, self.folder, self.view = strategy, make_folder(Path(record)), view
         self._model, self._client, self._batch, self._arrays_key = model, client, batch, arrays_key
-        self._settings = {"image_shape": image_shape, "mean": mean, "std": std, "defences": tuple(defences)}
+        self._settings: dict[str, Any] = {"image_shape": image_shape, "mean": mean, "std": std, "defences": tuple(defences)}
         self._sent: dict[int, Contents] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -207,17 +205,13 @@ class RecordingStrategy(Strategy):
     def summary(self) -> None:
         self.strategy.summary()
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """What the other strategy sends, remembered for this round."""
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
         self._sent = {message.metadata.dst_node_id: _contents(message) for message in messages}
         return messages
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Record, then let the other strategy aggregate."""
         replies = list(replies)
         try:
@@ -226,9 +220,7 @@ class RecordingStrategy(Strategy):
             log.warning("round %s: could not be recorded: %s", server_round, fault)
         return self.strategy.aggregate_train(server_round, replies)
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         return self.strategy.configure_evaluate(server_round, arrays, config, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -270,9 +262,7 @@ def average(observations: Sequence[Observation]) -> Observation:
         name: sum((share * o.update[name] for share, o in zip(shares, observations, strict=True)), 0 * first.update[name])
         for name in first.update
     }
-    protocol = ClientSpec(
-        **first.protocol.model_dump(exclude={"protocol", "clients"}), protocol="average", clients=sizes
-    )
+    protocol = ClientSpec(**first.protocol.model_dump(exclude={"protocol", "clients"}), protocol="average", clients=sizes)
     return dataclasses.replace(first, update=update, batch=sum(sizes), protocol=protocol)
 
 
@@ -288,7 +278,8 @@ def _state(contents: Contents, key: str | None, *, where: str) -> State:
     """
     if key is None and len(contents) != 1:
         raise ObservationError(
-            f"{where} has {len(contents)} array records ({', '.join(contents) or 'none'}), expected one; choose it with arrays_key="
+            f"{where} has {len(contents)} array records ({', '.join(contents) or 'none'}), expected one; choose it with "
+            "arrays_key="
         )
     key = next(iter(contents)) if key is None else key
     if key not in contents:

@@ -6,8 +6,6 @@ configuration: a model and the images are named as ``package.module:function`` o
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +60,8 @@ class _SeesUpdates(FLComponent):
     def network(self) -> nn.Module:
         """F, as ``model`` names or describes it."""
         table = {"name": self.model} if isinstance(self.model, str) else self.model
-        return models.build(parse({"model": table}, where="model").model, image_shape=tuple(self.image_shape))
+        channels, height, width = self.image_shape
+        return models.build(parse({"model": table}, where="model").model, image_shape=(channels, height, width))
 
     def observe(self, dxo: DXO, network: nn.Module, *, batch: int, labels: Tensor | None) -> Observation:
         """What the server will hold of this result.

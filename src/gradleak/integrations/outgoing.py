@@ -46,7 +46,9 @@ class Outgoing:
 
     def __post_init__(self) -> None:
         if self.record is None and self.audit is None:
-            raise SpecError("nothing to do with an update: give record= a folder, audit= settings ({} for the defaults), or both")
+            raise SpecError(
+                "nothing to do with an update: give record= a folder, audit= settings ({} for the defaults), or both"
+            )
         if self.block and self.audit is None:
             raise SpecError("block=True holds back what an audit finds: give audit= its settings ({} for the defaults)")
         if self.record_truth and self.record is None:
