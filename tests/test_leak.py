@@ -20,6 +20,11 @@ CLOSED = {"name": "analytic"}
 QUICK = {"name": "cinet", "rounds": 3, "channels": 8}
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_threads: None) -> None:
+    torch.set_num_threads(1)
+
+
 def linear() -> nn.Module:
     """A model that begins with a linear layer, so that one image can be read from its gradient."""
     torch.manual_seed(0)
