@@ -193,6 +193,88 @@ def check(
         _echo(line)
 
 
+@app.command()
+def validate(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An update (or truth) file: safetensors")],
+    *,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Built-in name, file.py:function or module:function (runs that code)")
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option("--loss", help="The client's own loss, file.py:function or module:function (runs that code)")
+    ] = None,
+    set_: Set = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of lines for people")] = False,
+) -> None:
+    """Is an update file whole, what is in it, and does it fit the model? Attacks nothing. Exit code 2 if not."""
+    import json
+
+    from gradleak.validate import validate as look
+
+    found = look(file, model=model, loss=loss, overrides=set_)
+    if json_:
+        typer.echo(json.dumps(found.to_dict(), indent=1, allow_nan=False))
+        return
+    for line in found.lines():
+        _echo(line)
+
+
+@app.command()
+def convert(
+    spec: SpecFile = None,
+    *,
+    gradient: Annotated[
+        Path | None, typer.Option("--gradient", metavar="FILE", help="The gradient: .safetensors, .npz, .pt, .pth")
+    ] = None,
+    after: Annotated[
+        Path | None, typer.Option("--after", metavar="FILE", help="In its place: the client's weights after")
+    ] = None,
+    before: Annotated[
+        Path | None,
+        typer.Option("--before", metavar="FILE", help="The weights that the server sent (default: the model's own)"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Built-in name, file.py:function or module:function (runs that code)")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="B, number of images")],
+    image_shape: Annotated[str, typer.Option("--image-shape", metavar="CxHxW", help="For example 3x32x32")],
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels", metavar="3,0,7|FILE", help="Classes, or a .npz or .safetensors file with 'labels' (default: unknown)"
+        ),
+    ] = None,
+    set_: Set = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the update goes (safetensors)")],
+    force: Force = False,
+) -> None:
+    """Make an update file of arrays that other software saved: a gradient, or weights before and after.
+
+    Arrays by name, or in the order of the model's parameters or state. What the client did (protocol, learning rate, mode,
+    loss), the model's mean and std, and the defences are those of the specification and --set, for example
+    --set client.protocol=fedavg --set client.learning_rate=0.1.
+    """
+    from gradleak import run
+    from gradleak.spec import override, read_table
+    from gradleak.validate import parse_shape, read_labels
+
+    if (gradient is None) == (after is None):
+        raise SpecError("convert: give either --gradient FILE, or --after FILE with --before FILE")
+    run.prepare_file(out, force=force)
+    observation = run.convert(
+        override(read_table(spec) if spec is not None else {}, [*(set_ or []), *([f"model.name={model}"] if model else [])]),
+        gradient=gradient,
+        before=before,
+        after=after,
+        batch=batch,
+        image_shape=parse_shape(image_shape),
+        labels=None if labels is None else read_labels(labels),
+    )
+    observation.save(out)
+    numbers = sum(t.numel() for t in observation.update.values())
+    _echo(f"update: {out} ({numbers:,} numbers from {batch} images); see `gradleak validate`, then `gradleak invert`")
+
+
 @app.command("train-generator")
 def train_generator(
     source: Annotated[str, typer.Argument(metavar="DATA", help="Public images: a data source, e.g. folder:pictures")],
