@@ -39,9 +39,10 @@ from gradleak.evaluate import (
 )
 from gradleak.files import write_atomically
 from gradleak.folder import CHECKPOINT, CONTROL, LOG, RECONSTRUCTION, RESULT, SPEC, check_folder, lock_folder, open_folder
-from gradleak.invariance import image_sensitivity
+from gradleak.invariance import random_updates, relative_changes
 from gradleak.invert import Reconstruction, invert, noise_update
 from gradleak.labels import recover
+from gradleak.layers import layers
 from gradleak.metrics import load_lpips
 from gradleak.observation import Observation, Truth
 from gradleak.report import ReportData, write_report
@@ -141,9 +142,8 @@ def audit(
                 controls, warnings, interrupted = _controls(
                     client, recipe, spec, device, decoys=decoys, progress=progress, checkpoint=control, stop=stop
                 )
-        result = describe(
-            spec, recipe, client.observation, client.operator, reconstruction, device, simulated=True, command=command
-        )
+        known = operator(client.observation, client.model)  # what the server knows of the client, as the attack had it
+        result = describe(spec, recipe, client.observation, known, reconstruction, device, simulated=True, command=command)
         result |= {"partial": bool(interrupted), "interrupted": interrupted or None}
         result["warnings"] += [_partial(reconstruction, interrupted)] * bool(interrupted) + warnings + unread
         result |= {"controls": controls} if controls else {}
@@ -440,6 +440,11 @@ def describe(
     command: str = "",
 ) -> dict[str, Any]:
     """What result.json says of a run without its truth; ``simulated``: whether the client was."""
+    there = client.to(device)
+    there.in_pieces(reconstruction.notes.get("images_at_a_time"))
+    used = reconstruction.labels.values.to(device)
+    probes = random_updates(there, used, observation.image_shape)
+    rebuilt = there(reconstruction.images.to(next(iter(there.weights.values()))), used)
     return {
         "attack": {"name": spec.attack["name"], **dataclasses.asdict(recipe), **reconstruction.notes},
         "matching_loss": reconstruction.matching_loss,
@@ -453,7 +458,8 @@ def describe(
             "classes": _classes(client, observation),
             "accuracy": None,
         },
-        "image_sensitivity": image_sensitivity(client.to(device), reconstruction.labels.values, observation.image_shape),
+        "image_sensitivity": max(relative_changes(*probes).values(), default=0.0),
+        "layers": [dataclasses.asdict(layer) for layer in layers(observation.update, rebuilt, probes)],
         "cost": {
             "rounds": reconstruction.rounds,
             "seconds": round(reconstruction.seconds, 3),
