@@ -74,6 +74,7 @@ class Attack:
     """The settings that every attack has; a subclass adds its image model, and what else it needs.
 
     Attributes:
+        needs: What the attack must have, for `gradleak list`.
         joint_labels: Whether the labels are optimised together with the images.
         rounds: T, number of steps.
         distance: ``cosine`` (Eq. 3) or ``squared-l2`` (Eq. 2).
@@ -91,6 +92,7 @@ class Attack:
         snapshots: How many intermediate reconstructions are kept.
     """
 
+    needs: ClassVar[str] = "the labels, granted or recovered (labels.rule)"
     joint_labels: ClassVar[bool] = False
 
     rounds: int = Field(default=1000, ge=1)
