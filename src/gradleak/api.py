@@ -7,6 +7,7 @@ from gradleak.errors import GradleakError
 from gradleak.evaluate import Evaluation, evaluate
 from gradleak.invert import Reconstruction, invert
 from gradleak.labels import Labels, recover
+from gradleak.leak import Leak, measure_leak
 from gradleak.matrix import audit_matrix
 from gradleak.models import build as build_model
 from gradleak.models import normalised
@@ -26,6 +27,7 @@ __all__ = [
     "FedSGD",
     "GradleakError",
     "Labels",
+    "Leak",
     "ModelSpec",
     "Observation",
     "Reconstruction",
@@ -44,6 +46,7 @@ __all__ = [
     "invert",
     "load",
     "load_data",
+    "measure_leak",
     "normalised",
     "observe",
     "operator",
