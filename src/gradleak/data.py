@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import importlib.resources
-import io
 import math
 import os
-import struct
 import sys
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from gradleak.archive import DAMAGE, open_archive, open_member
 from gradleak.errors import DataError, nearest
 from gradleak.files import open_regular
 from gradleak.network import announce
@@ -92,8 +90,6 @@ PHOTOGRAPHS: dict[str, tuple[Box, ...]] = {
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_BATCH_BYTES = 4 << 30
-MAX_MEMBER_BYTES = 64 << 30
-MAX_DIRECTORY_BYTES = 1_000_000
 MAX_IMAGE_PIXELS = 100_000_000
 
 
@@ -234,10 +230,10 @@ def _folder(spec: DataSpec, root: Path) -> Truth:
 
 def _npz(spec: DataSpec, path: Path) -> Truth:
     try:
-        with open_regular(path, what="a .npz archive", error=DataError) as file, _archive(file) as archive:
+        with open_regular(path, what="a .npz archive", error=DataError) as file, open_archive(file) as archive:
             stored, count = _read_rows(archive, path, ("x", "images"), spec, ndim=4, kinds="uf")
             labels, labelled = _read_rows(archive, path, ("y", "labels"), spec, ndim=None, kinds="uif")
-    except (zipfile.BadZipFile, zlib.error, struct.error, OSError, ValueError, EOFError, RuntimeError) as cause:
+    except DAMAGE as cause:
         raise DataError(f"{path}: not a readable .npz archive: {cause}") from None
     if count != labelled:
         raise DataError(f"{path}: {count} images but {labelled} labels")
@@ -265,26 +261,6 @@ def _npz(spec: DataSpec, path: Path) -> Truth:
     return Truth(_fit(images, spec.size), targets, names)
 
 
-class _Directory(io.BufferedReader):
-    """A file from which nothing larger than an archive's directory is read, until ``most`` is lifted."""
-
-    most: float = MAX_DIRECTORY_BYTES
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > self.most:
-            raise zipfile.BadZipFile(f"its directory has {size} bytes, at most {MAX_DIRECTORY_BYTES}")
-        return super().read(size)
-
-
-@contextlib.contextmanager
-def _archive(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
-    """An archive whose directory was bounded before it was read; its members are numpy's own, stored or deflated."""
-    reader = _Directory(cast(io.RawIOBase, file))
-    with zipfile.ZipFile(reader) as archive:
-        reader.most = math.inf
-        yield archive
-
-
 def _read_rows(
     archive: zipfile.ZipFile, path: Path, keys: tuple[str, ...], spec: DataSpec, *, ndim: int | None, kinds: str
 ) -> tuple[np.ndarray, int]:
@@ -297,19 +273,7 @@ def _read_rows(
         there = ", ".join(name.removesuffix(".npy") for name in archive.namelist()[:8])
         raise DataError(f"{path}: no array {' or '.join(map(repr, keys))}; found: {there or 'nothing'}")
     where = f"{path}: array {member.removesuffix('.npy')!r}"
-    entry = archive.getinfo(member)
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise DataError(f"{where}: compressed by another method than np.savez_compressed uses")
-    if entry.file_size > MAX_MEMBER_BYTES:
-        raise DataError(f"{where}: {entry.file_size} bytes when unpacked, at most {MAX_MEMBER_BYTES}")
-    with archive.open(member) as stream:
-        # version 1 bounds the header at 64 KiB; later ones serve structured types only
-        if np.lib.format.read_magic(stream) != (1, 0):
-            raise DataError(f"{where}: unknown .npy version; expected a plain array of numbers")
-        try:
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-        except Exception as cause:  # the header is a Python literal, and its tokenizer and parser raise many kinds
-            raise DataError(f"{where}: its header is not readable: {cause}") from None
+    with open_member(archive, member, where=where, error=DataError) as (stream, (shape, fortran_order, dtype)):
         if dtype.kind not in kinds or (dtype.kind == "u" and ndim == 4 and dtype != np.uint8):
             raise DataError(f"{where}: type {dtype}; expected {'uint8 or float' if ndim == 4 else 'integers or floats'}")
         if len(shape) != (ndim or max(1, len(shape))) or not all(isinstance(n, int) and 0 < n < 1 << 48 for n in shape):

@@ -299,15 +299,15 @@ def verdict(evaluation: Evaluation, *, threshold_ssim: float = RECOGNISABLE_SSIM
     scores = _ssim(evaluation)
     if not scores:
         return f"SSIM cannot be computed ({evaluation.notes['ssim']}); the mean PSNR is {_mean_psnr(evaluation)}."
-    rule = f"SSIM >= {threshold_ssim:.2f}"
+    rule = f"recognisable to a stranger under these assumptions (SSIM >= {threshold_ssim:.2f})"
     if len(scores) == 1:
         found = "is" if scores[0] >= threshold_ssim else "is not"
-        return f"The image {found} recognisable ({rule}): SSIM {scores[0]:.2f}, PSNR {_mean_psnr(evaluation)}."
+        return f"The image {found} {rule}: SSIM {scores[0]:.2f}, PSNR {_mean_psnr(evaluation)}."
     count = recognisable(evaluation, threshold_ssim=threshold_ssim)
     order = sorted(range(len(scores)), key=scores.__getitem__)
     closest, least = (f"{_name(evaluation, i)} (SSIM {scores[i]:.2f})" for i in (order[-1], order[0]))
     return (
-        f"{count} of {len(scores)} images {'is' if count == 1 else 'are'} recognisable ({rule}); "
+        f"{count} of {len(scores)} images {'is' if count == 1 else 'are'} {rule}; "
         f"the closest is {closest}, the least close {least}."
     )
 

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import StochasticDepth
 
@@ -21,7 +22,7 @@ from gradleak.models import import_function
 from gradleak.observation import Update
 from gradleak.spec import ClientSpec, DefenceSpec
 from gradleak.targets import LOSSES, TrainingLoss
-from gradleak.vjp import Engine, SelfChecking, Transpose, exact
+from gradleak.vjp import Engine, SelfChecking, Transpose, exact, second_derivative
 
 Mode = Literal["train", "eval"]
 Order = Literal["given", "shuffled"]
@@ -144,7 +145,8 @@ class ClientOperator:
             **(self.weights if weights is None else weights),
             **{name: b.clone() for name, b in self.buffers.items()},
         }
-        output: Tensor = functional_call(self.model, state, (images,))
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            output: Tensor = functional_call(self.model, state, (images,))
         return output
 
     def loss(self, weights: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
@@ -519,7 +521,7 @@ class FedAvg(ClientOperator):
         wanted = [*leaves.values(), *inputs]
         if attached:
             outputs, cotangents = zip(*attached, strict=True)
-            back = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True, materialize_grads=True)
+            back = second_derivative(outputs, wanted, cotangents)
         else:
             back = tuple(torch.zeros_like(t) for t in wanted)
         to_weights = dict(zip(leaves, back[: len(leaves)], strict=True))

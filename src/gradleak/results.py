@@ -59,6 +59,24 @@ class _Advice(_Part):
     text: str
 
 
+class _Layer(_Part):
+    name: str
+    module: str
+    numbers: int
+    norm_share: _Number
+    image_share: _Number
+    image_sensitivity: _Number | None = None
+    distance: _Number | None = None
+
+
+class _DefenceCost(_Part):
+    name: str
+    distortion: _Number
+    total: _Number
+    epsilon: _Number | None = None
+    delta: _Number | None = None
+
+
 class _Quality(_Part):
     round: list[_Number] = []
     psnr: list[_Number | None] = []
@@ -108,6 +126,8 @@ class _Result(_Part):
     interrupted: Literal["SIGINT", "SIGTERM"] | None = None
     image_sensitivity: _Number | None = None
     identification: _Identification | None = None
+    layers: list[_Layer] = []
+    defence_costs: list[_DefenceCost] = []
 
 
 class _Row(_Part):

@@ -39,9 +39,10 @@ from gradleak.evaluate import (
 )
 from gradleak.files import write_atomically
 from gradleak.folder import CHECKPOINT, CONTROL, LOG, RECONSTRUCTION, RESULT, SPEC, check_folder, lock_folder, open_folder
-from gradleak.invariance import image_sensitivity
+from gradleak.invariance import random_updates, relative_changes
 from gradleak.invert import Reconstruction, invert, noise_update
 from gradleak.labels import recover
+from gradleak.layers import layers
 from gradleak.metrics import load_lpips
 from gradleak.observation import Observation, Truth
 from gradleak.report import ReportData, write_report
@@ -50,6 +51,7 @@ from gradleak.spec import DefenceSpec, RunSpec, dump, flat, override, read_table
 from gradleak.targets import LOSSES, are_classes
 from gradleak.tensors import write_tensors
 from gradleak.threat import LETTERS, check_granted, letter
+from gradleak.updates import from_gradient, from_weights, load_weights, read_arrays
 
 #: Keys of a specification that change neither what is computed nor its last bit on one machine.
 INDIFFERENT = {"threads", "device", "checkpoint_seconds", "memory_limit_mb", "evaluate"}
@@ -140,9 +142,8 @@ def audit(
                 controls, warnings, interrupted = _controls(
                     client, recipe, spec, device, decoys=decoys, progress=progress, checkpoint=control, stop=stop
                 )
-        result = describe(
-            spec, recipe, client.observation, client.operator, reconstruction, device, simulated=True, command=command
-        )
+        known = operator(client.observation, client.model)  # what the server knows of the client, as the attack had it
+        result = describe(spec, recipe, client.observation, known, reconstruction, device, simulated=True, command=command)
         result |= {"partial": bool(interrupted), "interrupted": interrupted or None}
         result["warnings"] += [_partial(reconstruction, interrupted)] * bool(interrupted) + warnings + unread
         result |= {"controls": controls} if controls else {}
@@ -439,6 +440,11 @@ def describe(
     command: str = "",
 ) -> dict[str, Any]:
     """What result.json says of a run without its truth; ``simulated``: whether the client was."""
+    there = client.to(device)
+    there.in_pieces(reconstruction.notes.get("images_at_a_time"))
+    used = reconstruction.labels.values.to(device)
+    probes = random_updates(there, used, observation.image_shape)
+    rebuilt = there(reconstruction.images.to(next(iter(there.weights.values()))), used)
     return {
         "attack": {"name": spec.attack["name"], **dataclasses.asdict(recipe), **reconstruction.notes},
         "matching_loss": reconstruction.matching_loss,
@@ -452,7 +458,8 @@ def describe(
             "classes": _classes(client, observation),
             "accuracy": None,
         },
-        "image_sensitivity": image_sensitivity(client.to(device), reconstruction.labels.values, observation.image_shape),
+        "image_sensitivity": max(relative_changes(*probes).values(), default=0.0),
+        "layers": [dataclasses.asdict(layer) for layer in layers(observation.update, rebuilt, probes)],
         "cost": {
             "rounds": reconstruction.rounds,
             "seconds": round(reconstruction.seconds, 3),
@@ -498,8 +505,8 @@ def _cost_row(costs: list[Cost]) -> list[dict[str, str]]:
     return [{"name": "Cost of the defences", "value": value, "why": why}]
 
 
-def _protocol(observation: Observation) -> str:
-    """The client's protocol in words."""
+def protocol_in_words(observation: Observation) -> str:
+    """The client's protocol, sent layers and number format."""
     spec = observation.protocol
     text = {
         "fedsgd": "FedSGD: one gradient of one batch",
@@ -507,7 +514,9 @@ def _protocol(observation: Observation) -> str:
         f"{spec.learning_rate}, momentum {spec.momentum}, order {spec.order}",
         "average": f"the average of several clients' gradients, {spec.clients}",
     }[spec.protocol]
-    text += f"; sent layers: {', '.join(spec.layers)}" if spec.layers else ""
+    if spec.layers:
+        more = f" and {len(spec.layers) - 6} more" if len(spec.layers) > 8 else ""
+        text += f"; sent layers: {', '.join(spec.layers[: 6 if more else None])}{more}"
     return text + (f"; sent as {spec.transport}" if spec.transport else "")
 
 
@@ -556,7 +565,7 @@ def assumptions(
         if one_class_each
         else ("Shape of the targets", " x ".join(map(str, used.shape)), "the first is the batch"),
         ("Batch size", str(observation.batch), "known to the server"),
-        ("Client", _protocol(observation), f"loss: {observation.protocol.loss}"),
+        ("Client", protocol_in_words(observation), f"loss: {observation.protocol.loss}"),
         (
             "Mode",
             observation.protocol.mode,
@@ -779,6 +788,49 @@ def spec_for(observation: Observation, *, model: str | None, overrides: list[str
         described = {**(described if described.get("name") == model else declared), "name": model}
     rule = "known" if observation.labels is not None else "auto"
     return override({"model": described, "labels": {"rule": rule}}, overrides)
+
+
+def convert(
+    spec: RunSpec,
+    *,
+    gradient: Path | None,
+    before: Path | None,
+    after: Path | None,
+    batch: int,
+    image_shape: tuple[int, int, int],
+    labels: Tensor | None,
+) -> Observation:
+    """An observation of arrays in files (:func:`gradleak.updates.read_arrays`): a gradient, or weights before and after.
+
+    Args:
+        spec: ``model``, ``client``, ``defence`` and ``threat.surrogate_data`` are used.
+        gradient: The gradient; then ``before`` are the weights at which it was taken.
+        before: W; None: the model's own.
+        after: The client's weights after its training, in place of ``gradient``.
+        batch: B.
+        image_shape: (C, H, W).
+        labels: Classes or targets; None: not known to the server.
+
+    Raises:
+        ObservationError: A file is no file of arrays, or does not fit the model.
+    """
+    model = models.build(spec.model, image_shape=image_shape)
+    shared: dict[str, Any] = {"batch": batch, "image_shape": image_shape, "client": spec.client, "labels": labels}
+    # the transport's number format has been applied to what is in the file
+    shared |= {"mean": spec.model.mean, "std": spec.model.std, "defences": spec.defence}
+    try:
+        if gradient is not None:
+            if before is not None:
+                load_weights(model, read_arrays(before), where=str(before))
+            observation = from_gradient(read_arrays(gradient), model, **shared)
+        else:
+            assert after is not None
+            old = None if before is None else read_arrays(before)
+            observation = from_weights(old, read_arrays(after), model, **shared)
+    except ObservationError as error:
+        raise ObservationError(f"{gradient or after}: {error}") from None
+    described = None if ":" in spec.model.name else spec.model
+    return dataclasses.replace(observation, model=described, surrogate_data=spec.threat.surrogate_data)
 
 
 def prepare_file(path: Path, *, force: bool = False) -> None:

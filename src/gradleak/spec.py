@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import reprlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from gradleak.errors import SpecError, nearest, printable
+from gradleak.errors import SpecError, closest, nearest, printable
 from gradleak.files import read_text
 
 if sys.version_info >= (3, 11):
@@ -337,10 +338,18 @@ def describe(error: ValidationError, root: type[BaseModel]) -> str:
             fields = _fields_at(root, item["loc"][:-1])
             lines.append(f"unknown key {key!r}{nearest(str(item['loc'][-1]), fields)}")
         else:
-            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (found {shown(item['input'])})")
+            lines.append(f"{key}: {fault(item)}")
     if len(faults) > MAX_FAULTS:
         lines.append(f"and {len(faults) - MAX_FAULTS} more")
     return "; ".join(lines)
+
+
+def fault(item: Mapping[str, Any]) -> str:
+    """One of pydantic's findings: what was expected and found, and which word may have been meant."""
+    words = re.findall(r"'([^']*)'", item["ctx"]["expected"]) if item["type"] == "literal_error" else []
+    close = closest(item["input"], words) if isinstance(item["input"], str) else None
+    meant = f"; did you mean {close!r}?" if close else ""
+    return f"{item['msg'].removeprefix('Value error, ')} (found {shown(item['input'])}){meant}"
 
 
 def shown(value: Any) -> str:

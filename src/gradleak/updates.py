@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradleak.archive import read_archive
 from gradleak.errors import ObservationError, SpecError, nearest, printable
-from gradleak.observation import Normalisation, Observation, Update, check_update
+from gradleak.observation import FORMAT, Normalisation, Observation, Update, check_update
 from gradleak.spec import ClientSpec, DefenceSpec
 from gradleak.targets import LOSSES
+from gradleak.tensors import read_checkpoint, read_tensors
 
 Arrays = Mapping[str, Any] | Sequence[Any]
 """Tensors or NumPy arrays: by name, or in the order of ``model.parameters()`` or of ``model.state_dict()``."""
@@ -235,6 +237,47 @@ class observe:
         if inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim == 4 and torch.is_grad_enabled():
             self._images += len(inputs[0])
             self._shapes.add(tuple(inputs[0].shape[1:]))
+
+
+def load_weights(model: nn.Module, weights: Arrays, *, where: str = "the weights") -> None:
+    """Put weights, and buffers if they are among them, into a model; what is not there stays as it is.
+
+    Raises:
+        ObservationError: As :func:`from_gradient`.
+    """
+    own = {plain_name(name): t for name, t in model.state_dict().items()}
+    found = _named(weights, {name: t.shape for name, t in own.items()}, model, where=where)
+    with torch.no_grad():
+        for name, tensor in found.items():
+            if name in own:
+                own[name].copy_(tensor)
+
+
+def read_arrays(path: Path) -> Arrays:
+    """Gradients or weights from a file: by name, or in the order in which they were saved.
+
+    ``.safetensors``; ``.npz``, whose arrays are by name, or in order where numpy named them itself (``arr_0``, ``arr_1``, ...:
+    as ``np.savez(path, *arrays)`` saves Flower's parameters); ``.pt``, ``.pth``, ``.bin`` and ``.ckpt`` of ``torch.save``, by
+    torch's restricted unpickler.
+
+    Raises:
+        ObservationError: Another kind of file, or a damaged one.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        arrays = read_archive(path, error=ObservationError)
+        numbers = [name.removeprefix("arr_") for name in arrays]
+        if all(name.startswith("arr_") for name in arrays) and all(n.isascii() and n.isdecimal() for n in numbers):
+            return [arrays[f"arr_{n}"] for n in sorted(numbers, key=int)]
+        return arrays
+    if suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        return read_checkpoint(path)
+    if suffix == ".safetensors":
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") == FORMAT:
+            raise ObservationError(f"{path}: is an update file already; attack it with `gradleak invert`")
+        return tensors
+    raise ObservationError(f"{path}: unknown kind of file; expected .safetensors, .npz, .pt, .pth, .bin or .ckpt")
 
 
 def plain_name(name: str) -> str:

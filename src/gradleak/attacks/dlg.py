@@ -51,6 +51,7 @@ class IDLGAttack(Attack):
 class DLGAttack(IDLGAttack):
     r""":math:`\min_{x, \lambda} \|A(x, \mathrm{softmax}(\lambda)) - g^*\|^2` by L-BFGS (Zhu et al. 2019, Algorithm 1)."""
 
+    needs: ClassVar[str] = "the update alone: it fits the labels too"
     joint_labels: ClassVar[bool] = True
 
 

@@ -74,6 +74,7 @@ class Attack:
     """The settings that every attack has; a subclass adds its image model, and what else it needs.
 
     Attributes:
+        needs: What the attack must have, for `gradleak list`.
         joint_labels: Whether the targets are optimised together with the images, by the same optimiser, whatever rule gave
             labels (:class:`gradleak.targets.FreeTargets`).
         rounds: T, number of steps.
@@ -92,6 +93,7 @@ class Attack:
         snapshots: How many intermediate reconstructions are kept.
     """
 
+    needs: ClassVar[str] = "the labels, granted or recovered (labels.rule)"
     joint_labels: ClassVar[bool] = False
 
     rounds: int = Field(default=1000, ge=1)

@@ -9,6 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,14 +19,14 @@ import torchvision
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gradleak.errors import GradleakError, ModelError, nearest
+from gradleak.errors import GradleakError, ModelError, closest, nearest
 from gradleak.files import machine_memory
 from gradleak.models.cifar import NETWORKS, ImageShape
 from gradleak.observation import Normalisation
 from gradleak.spec import ModelSpec
 from gradleak.tensors import check_state, read_tensors
 
-__all__ = ["available", "build", "import_function", "normalisation", "normalised"]
+__all__ = ["available", "build", "described", "import_function", "normalisation", "normalised"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
@@ -56,8 +57,15 @@ _RECTIFIERS = {"relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "si
 
 
 def available() -> list[str]:
-    """Names that :func:`build` knows: the built-in networks, then ``torchvision/NAME``."""
-    return [*NETWORKS, *(f"torchvision/{name}" for name in _torchvision_names())]
+    """Names that :func:`build` knows: built-in networks, ``torchvision/NAME``, and ``timm/NAME`` where timm is installed."""
+    names = [*NETWORKS, *(f"torchvision/{name}" for name in _torchvision_names())]
+    return [*names, *(f"timm/{name}" for name in _timm().list_models())] if find_spec("timm") else names
+
+
+def described() -> dict[str, str]:
+    """Name -> one line about it; only the built-in networks have one."""
+    lines = {name: (inspect.getdoc(network) or "").partition("\n")[0] for name, network in NETWORKS.items()}
+    return {name: lines.get(name, "") for name in available()}
 
 
 def build(spec: ModelSpec, *, image_shape: ImageShape) -> nn.Module:
@@ -81,7 +89,8 @@ def build(spec: ModelSpec, *, image_shape: ImageShape) -> nn.Module:
     for key, values in (("mean", spec.mean), ("std", spec.std)):
         if values is not None and len(values) != channels:
             raise ModelError(f"model.{key} has {len(values)} values, the images have {channels} channels")
-    if ":" not in spec.name and ((spec.width or 0) > 1024 or (spec.num_classes or 0) > 100_000):
+    large = (spec.width or 0) > 1024 or (spec.num_classes or 0) > 100_000 or spec.name.startswith("timm/")
+    if ":" not in spec.name and large:
         _check_size(spec, image_shape)
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed: it would also reset the caller's accelerators
@@ -178,18 +187,21 @@ def _construct(spec: ModelSpec, image_shape: ImageShape) -> nn.Module:
     if spec.name in NETWORKS:
         width = {} if spec.width is None else {"width": spec.width}
         return NETWORKS[spec.name](image_shape=image_shape, **classes, **width)
-    named = spec.name.startswith("torchvision/") and spec.name.removeprefix("torchvision/") in _torchvision_names()
-    if not named and ":" not in spec.name:
+    library, _, bare = spec.name.partition("/") if ":" not in spec.name else ("", "", "")
+    known = {"torchvision": _torchvision_names, "timm": lambda: _timm().list_models()}.get(library, list)
+    if bare not in known() and ":" not in spec.name:
         raise ModelError(f"unknown model {spec.name!r}{_suggestion(spec.name)}")
     if spec.width is not None:
         raise ModelError(f"model.width is a setting of {', '.join(NETWORKS)}; {spec.name} has none: remove it")
-    if named:
+    if library == "torchvision":
         return _torchvision_model(spec.name, classes, image_shape)
+    if library == "timm":
+        return _timm_model(bare, classes, image_shape)
     return _own_model(spec.name, {**classes, "image_shape": image_shape})
 
 
 def _check_size(spec: ModelSpec, image_shape: ImageShape) -> None:
-    """A width or number of classes may come from an update file: it must not ask for more memory than there is."""
+    """A model's name and size may come from an update file: they must not ask for more memory than there is."""
     with torch.device("meta"):
         needed = sum(p.numel() * p.element_size() for p in _construct(spec, image_shape).parameters())
     if needed > machine_memory() // 4:  # weights, gradient, update and moved weights
@@ -200,10 +212,13 @@ def _check_size(spec: ModelSpec, image_shape: ImageShape) -> None:
 
 
 def _suggestion(name: str) -> str:
-    bare = name.removeprefix("torchvision/")
-    if bare != name or bare in _torchvision_names():
-        return nearest(f"torchvision/{bare}", available())
-    return nearest(name, [*NETWORKS, "torchvision/NAME", "path/to/file.py:function", "package.module:function"])
+    library, _, bare = name.rpartition("/")
+    if library in ("timm", "torchvision"):
+        close = closest(name, [known for known in available() if known.startswith(library)])
+        return f"; did you mean {close!r}?" if close else f"; `gradleak list models {library}` shows what there is"
+    if bare in _torchvision_names():
+        return f"; did you mean 'torchvision/{bare}'?"
+    return nearest(name, [*NETWORKS, "torchvision/NAME", "timm/NAME", "path/to/file.py:function", "package.module:function"])
 
 
 def _torchvision_names() -> list[str]:
@@ -217,6 +232,26 @@ def _torchvision_model(name: str, classes: dict[str, int], image_shape: ImageSha
     # without the auxiliary heads these two return logits in train mode, as all others do
     plain = {"aux_logits": False, "init_weights": True} if bare in ("googlenet", "inception_v3") else {}
     model: nn.Module = torchvision.models.get_model(bare, weights=None, **classes, **plain)
+    return model
+
+
+def _timm() -> Any:
+    """timm, imported when it is asked for: it is an optional extra."""
+    try:
+        return importlib.import_module("timm")
+    except ImportError as cause:
+        raise ModelError(f'models named timm/NAME need timm ({cause}); install it with: pip install "gradleak[timm]"') from None
+
+
+def _timm_model(name: str, classes: dict[str, int], image_shape: ImageShape) -> nn.Module:
+    timm = _timm()
+    # these have position embeddings, windows or token mixers of one image size; the others take any
+    sized = {"img_size": image_shape[1:]} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=False, in_chans=image_shape[0], **classes, **sized)
+    except Exception as cause:  # sizes that the model's patches or windows do not divide, and much else
+        size = "x".join(map(str, image_shape))
+        raise ModelError(f"timm/{name} cannot be built for images of {size}: {type(cause).__name__}: {cause}") from cause
     return model
 
 
