@@ -1,53 +1,236 @@
-"""The command line: audit, capture, invert, evaluate, purge, check, train-generator, list."""
+"""The command line: audit, capture, convert, invert, evaluate, purge, check, validate, train-generator, list."""
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
+import shutil
 import signal
 import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from gradleak.errors import GradleakError, OutputError, SpecError, nearest, printable
 
+if TYPE_CHECKING:
+    from gradleak.catalogue import Entry
+
+EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    a fault of gradleak itself: please report the traceback
+  2    bad input: one line says what, where, and how to mend it
+  130  interrupted by Ctrl-C; a partial report is written, --resume goes on
+  143  the same for SIGTERM"""
+
+
+def _examples(*lines: str) -> str:
+    """An epilog that click leaves as it is; a line that begins with a space goes on with the one before."""
+    return "\n".join(
+        ["\b", "Examples:", *(f"    {line}" if line.startswith(" ") else f"  $ gradleak {line}" for line in lines)]
+    )
+
+
+class _Command(TyperCommand):
+    """Help with the options in groups: typer groups them in rich's boxes only, which logs and simple terminals mangle."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            title = getattr(parameter, "rich_help_panel", None) or "Options"
+            if record is not None:
+                groups.setdefault("Arguments" if parameter.param_type_name == "argument" else title, []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+class _Commands(TyperGroup):
+    """Help with the commands in groups."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            command = self.get_command(ctx, name)
+            if command is not None and not command.hidden:
+                title = getattr(command, "rich_help_panel", None)
+                line = command.get_short_help_str(limit=300)
+                groups.setdefault(title if isinstance(title, str) else "Commands", []).append((name, line))
+        for title, rows in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+AUDIT, THREE_STEPS, FOLDERS, HELP = "Audit", "The same in steps", "Run folders", "Before a run"
+
 app = typer.Typer(
     name="gradleak",
+    cls=_Commands,
     help="How much private training data can be rebuilt from the updates that federated-learning clients share? "
     "Find out by doing it, on your own system.",
+    epilog=_examples(
+        "audit --out run                          # eight embedded photographs, two minutes",
+        "list attacks                             # what there is; list attacks cinet: its settings",
+        "audit --attack dlg --set data.batch=1 --out run2",
+        "check my.toml                            # can it work, what would it cost",
+        "COMMAND --help                           # options and examples of a command",
+    )
+    + "\n\n"
+    + EXIT_CODES
+    + "\n\nWith --json a command prints exactly one JSON object on standard output, also for an error "
+    '({"error": {"kind": ..., "message": ...}}, exit code 2); progress and warnings are on standard error.',
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
 )
 
-SpecFile = Annotated[Path | None, typer.Argument(help="TOML specification; without one: the embedded default")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key, e.g. attack.rounds=300")]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder; must be empty or absent")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite an earlier run in the output folder")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in the output folder")]
-MemoryLimit = Annotated[
-    float | None, typer.Option("--memory-limit", metavar="MIB", help="Memory that the attack may take (memory_limit_mb)")
+
+def _complete_set(incomplete: str) -> Iterator[tuple[str, str]]:
+    """Keys for ``--set``, and after ``=`` the words that the key may be set to."""
+    from gradleak.catalogue import keys
+
+    named, equals, _ = incomplete.partition("=")
+    for key, words, meaning in keys():
+        if equals and key == named:
+            yield from ((f"{key}={word}", meaning) for word in words)
+        elif not equals and key.startswith(incomplete):
+            yield f"{key}=", meaning
+
+
+def _complete_kind(incomplete: str) -> list[tuple[str, str]]:
+    from gradleak.catalogue import KINDS
+
+    return [(kind, line) for kind, line in KINDS.items() if kind.startswith(incomplete)]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from gradleak import __version__
+
+        typer.echo(f"gradleak {__version__}")
+        raise typer.Exit
+
+
+RUN, OUTPUT = "What to run", "Output"
+
+SpecFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="SPEC", help="TOML specification; without one eight embedded photographs are used"),
 ]
-Redact = Annotated[bool, typer.Option("--redact", help="Keep the figures and no picture: no reconstruction is written")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one key, as often as needed, e.g. attack.rounds=300; `gradleak list settings` has all keys",
+        autocompletion=_complete_set,
+        rich_help_panel=RUN,
+    ),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help="The attacked model, model.name: built-in, torchvision/NAME, timm/NAME, or file.py:function (runs that code)",
+        rich_help_panel=RUN,
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option("--weights", metavar="FILE", help="Its weights, model.weights: safetensors", rich_help_panel=RUN),
+]
+Loss = Annotated[
+    str | None,
+    typer.Option(
+        "--loss",
+        metavar="NAME",
+        help="The client's own loss, file.py:function or module:function (runs that code)",
+        rich_help_panel=RUN,
+    ),
+]
+AttackName = Annotated[
+    str | None,
+    typer.Option("--attack", metavar="NAME", help="The attack, attack.name: see `gradleak list attacks`", rich_help_panel=RUN),
+]
+MemoryLimit = Annotated[
+    float | None,
+    typer.Option(
+        "--memory-limit",
+        metavar="MIB",
+        help="Memory that the attack may take, memory_limit_mb  [default: 9/10 of what is free]",
+        rich_help_panel=RUN,
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder; must be empty or absent", rich_help_panel=OUTPUT)]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what an earlier run left there", rich_help_panel=OUTPUT)]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the unfinished run in the output folder", rich_help_panel=OUTPUT)
+]
+Redact = Annotated[
+    bool,
+    typer.Option("--redact", help="Keep the figures and no picture: no reconstruction is written", rich_help_panel=OUTPUT),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error", rich_help_panel=OUTPUT)]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="One JSON object on standard output in place of lines for people", rich_help_panel=OUTPUT),
+]
 UpdateFile = Annotated[Path, typer.Argument(metavar="UPDATE", help="update.safetensors, as `capture` writes it")]
 
+#: click's own class, which typer keeps in another place in each version.
+_UsageError: Any = typer.BadParameter.__base__
 
-@app.command()
+#: What a command gives back: an object for --json, nothing where lines were printed.
+Report = dict[str, Any] | None
+
+
+@app.callback()
+def _gradleak(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+@app.command(
+    cls=_Command,
+    rich_help_panel=AUDIT,
+    epilog=_examples(
+        "audit --out run                       # the embedded example",
+        "audit my.toml --out run               # your own setting",
+        "audit my.toml --model models.py:build --weights trained.safetensors --out run",
+        "audit my.toml --attack inverting-gradients --set attack.rounds=2000 --out run",
+        "audit my.toml --set labels.rule=auto --set 'defence=[{name=\"clip\", norm=1.0}]' --out run",
+        'audit my.toml --set \'matrix.attacks=["cinet", "dlg"]\' --out table',
+        "audit my.toml --out run --resume      # after a crash, a kill or Ctrl-C",
+    ),
+)
 def audit(
     spec: SpecFile = None,
     *,
+    model: ModelName = None,
+    weights: Weights = None,
+    attack: AttackName = None,
     set_: Set = None,
+    memory_limit: MemoryLimit = None,
     out: Out,
     force: Force = False,
     resume: Resume = False,
-    memory_limit: MemoryLimit = None,
     redact: Redact = False,
     quiet: Quiet = False,
-) -> None:
+    json_: Json = False,
+) -> Report:
     """Simulate a client, attack its update, evaluate, report; each pair of them with [matrix] in the specification.
 
     Ctrl-C or SIGTERM finishes the round, saves the state and writes a partial report; `--resume` goes on from there, also
@@ -57,35 +240,58 @@ def audit(
     from gradleak.spec import load
 
     _only_one(force=force, resume=resume)
-    if resume and spec is None and not set_ and (out / "spec.toml").is_file():
+    overrides = _overrides(set_, model=model, weights=weights, attack=attack, memory_limit=memory_limit)
+    if resume and spec is None and not (set_ or model or weights or attack) and (out / "spec.toml").is_file():
         spec = out / "spec.toml"
-    loaded = load(spec, _limited(set_, memory_limit))
+    loaded = load(spec, overrides)
     if loaded.matrix.given:
         found = matrix.audit_matrix(
             loaded, out, force=force, resume=resume, progress=not quiet, command=_command(), redact=redact
         )
+        if json_:
+            return _of_folder(found, out)
         for line in matrix.lines(found):
             _echo(line)
         _print_report(out, found)
-        return
+        return None
     result = run.audit(loaded, out, force=force, resume=resume, progress=not quiet, command=_command(), redact=redact)
+    if json_:
+        return _of_folder(result, out)
     _print_result(result, out)
+    return None
 
 
-@app.command()
+@app.command(
+    cls=_Command,
+    rich_help_panel=THREE_STEPS,
+    epilog=_examples(
+        "capture my.toml --out update.safetensors --truth truth.safetensors",
+        "capture --model lenet --set data.batch=2 --set labels.rule=auto --out update.safetensors",
+    ),
+)
 def capture(
     spec: SpecFile = None,
     *,
+    model: ModelName = None,
+    weights: Weights = None,
     set_: Set = None,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the update goes (safetensors)")],
-    truth: Annotated[Path | None, typer.Option("--truth", metavar="FILE", help="Where the private batch goes")] = None,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="Where the update goes (safetensors)", rich_help_panel=OUTPUT)
+    ],
+    truth: Annotated[
+        Path | None,
+        typer.Option(
+            "--truth", metavar="FILE", help="Where the private batch goes  [default: nowhere]", rich_help_panel=OUTPUT
+        ),
+    ] = None,
     force: Force = False,
-) -> None:
+    json_: Json = False,
+) -> Report:
     """Simulate the client only: write what the server would hold, and the private batch apart."""
     from gradleak import run
     from gradleak.spec import load
 
-    loaded = load(spec, set_)
+    loaded = load(spec, _overrides(set_, model=model, weights=weights))
     run.prepare(loaded)
     if truth is not None and truth.resolve() == out.resolve():
         raise OutputError(f"--truth {truth}: is the file of the update; give the private batch a file of its own")
@@ -94,37 +300,50 @@ def capture(
             run.prepare_file(path, force=force)
     client = run.simulate_client(loaded)
     client.observation.save(out)
-    _echo(f"update: {out} ({client.operator.parameters:,} numbers from {client.observation.batch} images)")
     if truth is not None:
         client.truth.save(truth)
+    if json_:
+        numbers, images = client.operator.parameters, client.observation.batch
+        return {"update": str(out), "numbers": numbers, "images": images, "truth": None if truth is None else str(truth)}
+    _echo(f"update: {out} ({client.operator.parameters:,} numbers from {client.observation.batch} images)")
+    if truth is not None:
         _echo(f"truth: {truth} (private images: keep it to yourself)")
+    return None
 
 
-@app.command()
+@app.command(
+    cls=_Command,
+    rich_help_panel=THREE_STEPS,
+    epilog=_examples(
+        "invert update.safetensors --out run",
+        "invert update.safetensors --model models.py:build --attack gradinversion --set attack.rounds=500 --out run",
+        "invert update.safetensors --set labels.rule=counts --out run",
+    ),
+)
 def invert(
     update: UpdateFile,
     *,
-    model: Annotated[
-        str | None, typer.Option("--model", help="Built-in name, file.py:function or module:function (runs that code)")
-    ] = None,
-    loss: Annotated[
-        str | None, typer.Option("--loss", help="The client's own loss, file.py:function or module:function (runs that code)")
-    ] = None,
+    model: ModelName = None,
+    weights: Weights = None,
+    loss: Loss = None,
+    attack: AttackName = None,
     set_: Set = None,
+    memory_limit: MemoryLimit = None,
     out: Out,
     force: Force = False,
     resume: Resume = False,
-    memory_limit: MemoryLimit = None,
     redact: Redact = False,
     quiet: Quiet = False,
-) -> None:
+    json_: Json = False,
+) -> Report:
     """Attack a saved update. There is no truth, so there is no score: see `evaluate`."""
     from gradleak import run
     from gradleak.observation import Observation
 
     _only_one(force=force, resume=resume)
     observation = Observation.load(update, loss=loss)
-    spec = run.spec_for(observation, model=model, overrides=_limited(set_, memory_limit), where=str(update))
+    overrides = _overrides(set_, weights=weights, attack=attack, memory_limit=memory_limit)
+    spec = run.spec_for(observation, model=model, overrides=overrides, where=str(update))
     result = run.invert_observation(
         observation,
         spec,
@@ -136,78 +355,230 @@ def invert(
         command=_command(),
         redact=redact,
     )
+    if json_:
+        return _of_folder(result, out)
     _print_result(result, out)
+    return None
 
 
-@app.command()
+@app.command(
+    cls=_Command,
+    rich_help_panel=THREE_STEPS,
+    epilog=_examples(
+        "evaluate run --truth truth.safetensors",
+        "evaluate run --truth truth.safetensors --lpips off --json",
+    ),
+)
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder of `invert` or `audit`")],
     *,
     truth: Annotated[Path, typer.Option("--truth", metavar="FILE", help="The private batch, as `capture` writes it")],
-    lpips: Annotated[str, typer.Option(help="auto, off, download, or a safetensors file of VGG-16's features")] = "auto",
+    lpips: Annotated[
+        str,
+        typer.Option(
+            metavar="WHERE",
+            help="VGG-16: auto (if it is in torch's cache), off, download, or a safetensors file of its features",
+        ),
+    ] = "auto",
     redact: Annotated[
-        bool, typer.Option("--redact", help="Keep the figures, and remove every picture from the folder")
+        bool,
+        typer.Option("--redact", help="Keep the figures, and remove every picture from the folder", rich_help_panel=OUTPUT),
     ] = False,
-) -> None:
+    json_: Json = False,
+) -> Report:
     """Score a reconstruction against the truth, and write its report anew."""
     from gradleak import run
     from gradleak.observation import Truth
 
-    _print_result(run.evaluate_run(folder, Truth.load(truth), lpips=lpips, redact=redact), folder)
+    result = run.evaluate_run(folder, Truth.load(truth), lpips=lpips, redact=redact)
+    if json_:
+        return _of_folder(result, folder)
+    _print_result(result, folder)
+    return None
 
 
-@app.command()
+@app.command(cls=_Command, rich_help_panel=FOLDERS, epilog=_examples("purge run", "purge runs --json"))
 def purge(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder, or a folder with run folders in it")],
-) -> None:
+    *,
+    json_: Json = False,
+) -> Report:
     """Remove reconstructions, pictures and checkpoints from run folders; figures, logs and specifications stay.
 
     Files are unlinked, not overwritten: disks, snapshots and backups may keep copies.
     """
     from gradleak import results
 
-    changed = results.purge(folder)
-    for path in changed:
-        _echo(f"{'rewritten' if path.exists() else 'removed'}: {path}")
+    changed = [("rewritten" if path.exists() else "removed", str(path)) for path in results.purge(folder)]
+    if json_:
+        kinds = ("rewritten", "removed")
+        return {"folder": str(folder), **{kind: [path for k, path in changed if k == kind] for kind in kinds}}
+    for what, path in changed:
+        _echo(f"{what}: {path}")
     _echo(f"purged: {folder}. Copies on the disk itself, in snapshots and in backups may remain.")
+    return None
 
 
-@app.command()
+@app.command(
+    cls=_Command,
+    rich_help_panel=HELP,
+    epilog=_examples("check", "check my.toml --attack dlg", "check my.toml --model timm/resnet18 --json"),
+)
 def check(
     spec: SpecFile = None,
     *,
+    model: ModelName = None,
+    weights: Weights = None,
+    attack: AttackName = None,
     set_: Set = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of lines for people")] = False,
-) -> None:
+    json_: Json = False,
+) -> Report:
     """Before spending hours: can it work at all, and what would it cost? Runs two rounds."""
-    import json
-
     from gradleak.check import check as measure
     from gradleak.spec import load
 
-    found = measure(load(spec, set_))
+    found = measure(load(spec, _overrides(set_, model=model, weights=weights, attack=attack)))
     if json_:
-        typer.echo(json.dumps(found.to_dict(), indent=1, allow_nan=False))
-        return
+        return found.to_dict()
     for line in found.lines():
         _echo(line)
+    return None
 
 
-@app.command("train-generator")
+@app.command(
+    cls=_Command,
+    rich_help_panel=THREE_STEPS,
+    epilog=_examples(
+        "convert --model models.py:build --gradient gradient.npz --before weights.safetensors \\",
+        "    --batch 8 --image-shape 3x32x32 --labels 3,0,7,1,1,2,5,9 --out update.safetensors",
+        "convert --model models.py:build --before sent.pt --after returned.pt --batch 8 --image-shape 1x64x64 \\",
+        "    --set client.protocol=fedavg --set client.learning_rate=0.1 --out update.safetensors",
+    ),
+)
+def convert(
+    spec: SpecFile = None,
+    *,
+    model: ModelName = None,
+    weights: Weights = None,
+    set_: Set = None,
+    gradient: Annotated[
+        Path | None,
+        typer.Option(
+            "--gradient", metavar="FILE", help="The gradient: .safetensors, .npz, .pt, .pth, .bin, .ckpt", rich_help_panel=RUN
+        ),
+    ] = None,
+    after: Annotated[
+        Path | None,
+        typer.Option("--after", metavar="FILE", help="In its place, the client's weights after training", rich_help_panel=RUN),
+    ] = None,
+    before: Annotated[
+        Path | None,
+        typer.Option(
+            "--before", metavar="FILE", help="The weights that the server sent  [default: the model's]", rich_help_panel=RUN
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="B, number of images", rich_help_panel=RUN)],
+    image_shape: Annotated[
+        str, typer.Option("--image-shape", metavar="CxHxW", help="For example 3x32x32", rich_help_panel=RUN)
+    ],
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels",
+            metavar="3,0,7|FILE",
+            help="Classes, or a .npz or .safetensors file with an array 'labels'  [default: not known]",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="Where the update goes (safetensors)", rich_help_panel=OUTPUT)
+    ],
+    force: Force = False,
+    json_: Json = False,
+) -> Report:
+    """Make an update file of what other software saved: a gradient, or weights before and after.
+
+    Arrays are by name, or in the order of the model's parameters or state. What the client did (protocol, learning rate,
+    mode, loss), the model's mean and std, and the defences are those of the specification and --set.
+    """
+    from gradleak import run
+    from gradleak.spec import override, read_table
+    from gradleak.validate import parse_shape, read_labels
+
+    if (gradient is None) == (after is None):
+        raise SpecError("convert: give either --gradient FILE, or --after FILE with --before FILE")
+    run.prepare_file(out, force=force)
+    table = {} if spec is None else read_table(spec)
+    observation = run.convert(
+        override(table, _overrides(set_, model=model, weights=weights)),
+        gradient=gradient,
+        before=before,
+        after=after,
+        batch=batch,
+        image_shape=parse_shape(image_shape),
+        labels=None if labels is None else read_labels(labels),
+    )
+    observation.save(out)
+    numbers = sum(t.numel() for t in observation.update.values())
+    if json_:
+        return {"update": str(out), "numbers": numbers, "images": batch, "sent": list(observation.update)}
+    _echo(f"update: {out} ({numbers:,} numbers from {batch} images); see `gradleak validate`, then `gradleak invert`")
+    return None
+
+
+@app.command(
+    cls=_Command,
+    rich_help_panel=HELP,
+    epilog=_examples(
+        "validate update.safetensors",
+        "validate update.safetensors --model models.py:build --json",
+    ),
+)
+def validate(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An update or a truth: safetensors")],
+    *,
+    model: ModelName = None,
+    weights: Weights = None,
+    loss: Loss = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> Report:
+    """Is an update file whole, what is in it, and does it fit the model? Attacks nothing; exit code 2 if it is not valid."""
+    from gradleak.validate import validate as look
+
+    found = look(file, model=model, loss=loss, overrides=_overrides(set_, weights=weights))
+    if json_:
+        return found.to_dict()
+    for line in found.lines():
+        _echo(line)
+    return None
+
+
+@app.command(
+    "train-generator",
+    cls=_Command,
+    rich_help_panel=HELP,
+    epilog=_examples(
+        "train-generator folder:public --images 5000 --out generator.safetensors",
+        "audit my.toml --attack gias --set attack.generator=generator.safetensors \\",
+        "    --set threat.surrogate_data=true --out run",
+    ),
+)
 def train_generator(
     source: Annotated[str, typer.Argument(metavar="DATA", help="Public images: a data source, e.g. folder:pictures")],
     *,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the generator goes (safetensors)")],
-    images: Annotated[int, typer.Option(help="How many images to train on")] = 1000,
-    start: Annotated[int, typer.Option(help="Index of the first one: these must not be the client's images")] = 0,
-    size: Annotated[int, typer.Option(help="Pixels, 8 or more")] = 32,
-    rounds: Annotated[int, typer.Option(min=1, help="Training steps")] = 5000,
-    width: Annotated[int, typer.Option(min=1, help="Channels of the generator's last hidden layer")] = 64,
-    latent: Annotated[int, typer.Option(min=1, help="Length of the latent")] = 100,
-    seed: Annotated[int, typer.Option(help="Seed")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = "auto",
+    images: Annotated[int, typer.Option(metavar="N", help="How many images to train on")] = 1000,
+    start: Annotated[int, typer.Option(metavar="N", help="Index of the first one: these must not be the client's images")] = 0,
+    size: Annotated[int, typer.Option(metavar="N", help="Pixels, 8 or more")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Training steps")] = 5000,
+    width: Annotated[int, typer.Option(min=1, metavar="N", help="Channels of the generator's last hidden layer")] = 64,
+    latent: Annotated[int, typer.Option(min=1, metavar="N", help="Length of the latent")] = 100,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of weights, latents and batches")] = 0,
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")] = "auto",
     force: Force = False,
-) -> None:
+    json_: Json = False,
+) -> Report:
     """Train a DCGAN on public images, for `attack.name=gias` with `attack.generator=FILE`."""
     from gradleak import data, dcgan, run
     from gradleak.spec import parse
@@ -216,48 +587,119 @@ def train_generator(
     public = data.load(parse({"data": {"source": source, "batch": images, "start": start, "size": size}}).data).images
     trained = dcgan.train(public, rounds=rounds, width=width, latent=latent, seed=seed, device=run.choose_device(device))
     trained.save(out)
+    if json_:
+        parameters = sum(p.numel() for p in trained.parameters())
+        return {"generator": str(out), "images": len(public), "rounds": rounds, "parameters": parameters}
     _echo(f"generator: {out}")
+    return None
 
 
-@app.command("list")
+@app.command(
+    "list",
+    cls=_Command,
+    rich_help_panel=HELP,
+    epilog=_examples(
+        "list                        # an overview",
+        "list attacks                # what each does and needs",
+        "list attacks cinet          # its settings, defaults and meanings",
+        "list models vit             # the models with `vit` in their name",
+        "list defences gaussian      # a defence's settings",
+        "list settings               # every key of a specification",
+        "list settings client        # the keys of one table",
+    ),
+)
 def list_(
-    what: Annotated[str | None, typer.Argument(help="attacks, models, datasets, labels, defences, or nothing for all")] = None,
-) -> None:
-    """What can be named in a specification."""
-    from gradleak import attacks, data, defences, labels, models
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="KIND",
+            help="attacks, models, datasets, labels, defences or settings; without one: an overview",
+            autocompletion=_complete_kind,
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="One of them, with all its settings; of models also a part of names")
+    ] = None,
+    *,
+    json_: Json = False,
+) -> Report:
+    """What can be named in a specification, and every setting with its default and meaning."""
+    import dataclasses
 
-    known: dict[str, dict[str, str]] = {
-        "attacks": attacks.available(),
-        "models": dict.fromkeys(models.available(), ""),
-        "datasets": data.available(),
-        "labels": labels.RULES,
-        "defences": defences.available(),
-    }
-    if what is not None and what not in known:
-        raise SpecError(f"list: unknown {what!r}{nearest(what, known)}")
-    for title, entries in known.items():
-        if what in (None, title):
-            _echo(f"{title}:")
-            width = max(len(name) for name in entries)
-            for name, text in entries.items():
-                _echo(f"  {name:{width}}  {text}".rstrip())
+    from gradleak import catalogue
+
+    if what is None:
+        found = {kind: catalogue.names(kind) for kind in catalogue.KINDS}
+        if json_:
+            return found
+        for kind, line in catalogue.KINDS.items():
+            _echo(f"{kind}: {line}")
+            _print_names(kind, found[kind])
+        _echo("More: gradleak list KIND, gradleak list KIND NAME")
+        return None
+    known = catalogue.names(what)
+    if name is None or (what == "models" and name not in known):
+        if name is not None:
+            known = {full: line for full, line in known.items() if name.lower() in full.lower()} or known
+            if len(known) == len(catalogue.names(what)):
+                raise SpecError(f"list models: no name has {name!r} in it{nearest(name, known)}")
+        if json_:
+            needs = {full: catalogue.needs(full) for full in known} if what == "attacks" else {}
+            return {what: {full: {"line": line, **({"needs": needs[full]} if needs else {})} for full, line in known.items()}}
+        _print_names(what, known, whole=True)
+        return None
+    entry = catalogue.entry(what, name)
+    if json_:
+        return dataclasses.asdict(entry)
+    _print_entry(what, entry)
+    return None
 
 
 def main() -> NoReturn:
-    """Entry point: bad input gives one line on standard error and exit code 2."""
+    """Entry point: bad input gives one line on standard error, or with ``--json`` one object, and exit code 2."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Printable("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.captureWarnings(True)
+    given = sys.argv[1:]
+    as_json = "--json" in given and not {"--help", "-h"} & set(given)
     try:
-        app(standalone_mode=True)
+        if not as_json:
+            app(standalone_mode=True)
+        with redirect_stdout(sys.stderr):  # a user's own code may print, and standard output is for the object alone
+            found = app(standalone_mode=False)
     except GradleakError as error:
+        if as_json:
+            _print_json({"error": {"kind": type(error).__name__, "message": str(error)}})
         _echo(f"gradleak: error: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         _echo("gradleak: interrupted", err=True)
         sys.exit(130)
-    sys.exit(0)
+    except _UsageError as error:
+        message = printable(error.format_message())
+        _print_json({"error": {"kind": "UsageError", "message": message}})
+        _echo(f"gradleak: error: {message}", err=True)
+        sys.exit(2)
+    if isinstance(found, dict):
+        _print_json(found)
+    sys.exit(_status(found))
+
+
+def _status(found: Any) -> int:
+    """The exit code: as a shell reports a process that a signal ended, where one ended the attack early."""
+    if isinstance(found, dict) and found.get("partial"):
+        return 128 + signal.Signals[found["interrupted"]]
+    return found if isinstance(found, int) else 0
+
+
+def _print_json(found: dict[str, Any]) -> None:
+    typer.echo(json.dumps(found, indent=1, allow_nan=False, default=str))
+
+
+def _of_folder(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A result as --json shows it: the content of result.json or matrix.json, and where it lies."""
+    return {**result, "folder": str(folder.resolve()), "report": str((folder / "report.html").resolve())}
 
 
 def _only_one(*, force: bool, resume: bool) -> None:
@@ -265,8 +707,19 @@ def _only_one(*, force: bool, resume: bool) -> None:
         raise OutputError("--force starts anew and --resume goes on: give one of them")
 
 
-def _limited(overrides: list[str] | None, memory_limit: float | None) -> list[str]:
-    return [*(overrides or []), *([] if memory_limit is None else [f"memory_limit_mb={memory_limit}"])]
+def _overrides(
+    given: list[str] | None,
+    *,
+    model: str | None = None,
+    weights: Path | None = None,
+    attack: str | None = None,
+    memory_limit: float | None = None,
+) -> list[str]:
+    """``--set`` options, after those that options of their own stand for."""
+    named = {"model.name": model, "model.weights": weights and str(weights), "attack.name": attack}
+    # a JSON string is one of TOML too
+    own = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items() if value is not None]
+    return [*own, *(given or []), *([] if memory_limit is None else [f"memory_limit_mb={memory_limit}"])]
 
 
 def _command() -> str:
@@ -285,7 +738,9 @@ def _print_result(result: dict[str, Any], folder: Path) -> None:
             f"{found['candidates']} candidates (a guess: {100 * found['chance']:.2g} %)"
         )
     labels = result["labels"]
-    if labels["rule"] != "known" and labels.get("accuracy") is not None:
+    if labels["rule"] != "known" and labels.get("mean_absolute_error") is not None:
+        _echo(f"  targets by {labels['rule']}: off by {labels['mean_absolute_error']:.3g} in the mean")
+    if labels["rule"] != "known" and labels.get("classes_found") is not None:
         _echo(
             f"  labels by {labels['rule']}: {100 * labels['accuracy']:.4g} % right, {100 * labels['classes_found']:.4g} % of "
             f"the classes found, {100 * labels['counts_exact']:.4g} % of the counts exact"
@@ -303,8 +758,64 @@ def _print_report(folder: Path, result: dict[str, Any]) -> None:
         _echo("It shows private images: keep the folder to yourself.")
     if result.get("partial"):
         _echo("The attack was interrupted: go on with the same command and --resume.", err=True)
-        # as a shell reports a process that the signal ended
-        raise typer.Exit(128 + signal.Signals[result["interrupted"]])
+        raise typer.Exit(_status(result))
+
+
+def _print_names(kind: str, known: dict[str, str], *, whole: bool = False) -> None:
+    """Names with their lines; the many models without one in columns, only if they are asked for."""
+    from gradleak import catalogue
+
+    lined, bare = {name: line for name, line in known.items() if line}, [name for name, line in known.items() if not line]
+    width = max(map(len, lined), default=0)
+    for name, line in lined.items():
+        _echo_wrapped(f"  {name:{width}}  {line}", indent=width + 4)
+        if whole and kind == "attacks":
+            _echo_wrapped(f"  {'':{width}}  needs {catalogue.needs(name)}", indent=width + 4)
+    if kind != "models":
+        return
+    for library in ("torchvision", "timm"):
+        names = [name for name in bare if name.startswith(f"{library}/")]
+        if whole and names:
+            _echo(f"  {len(names)} of {library}:")
+            _print_columns(names)
+        elif names:
+            _echo(f"  {library}/NAME: {len(names)} models; gradleak list models {library}")
+        elif not whole:
+            _echo(f'  {library}/NAME: not installed: pip install "gradleak[{library}]"')
+    if not whole or len(bare) > 1000:
+        _echo("  file.py:function, module:function: your own; see the documentation, how-to/own-model")
+
+
+def _print_columns(names: Sequence[str]) -> None:
+    width = max(map(len, names)) + 2
+    across = max(1, (_columns() - 2) // width)
+    down = -(-len(names) // across)
+    for row in range(down):
+        _echo("  " + "".join(f"{name:{width}}" for name in names[row::down]).rstrip())
+
+
+def _print_entry(kind: str, entry: Entry) -> None:
+    """All about one name: what it is, what it needs, its docstring, and its settings."""
+    _echo_wrapped(f"{entry.name}: {entry.line}" if entry.line else entry.name)
+    if entry.needs:
+        _echo_wrapped(f"needs {entry.needs}")
+    for paragraph in entry.text.splitlines():
+        _echo_wrapped(f"  {paragraph}", indent=2)
+    how = {"attacks": "--set KEY=VALUE", "defences": f"in a table: --set 'defence=[{{name=\"{entry.name}\", KEY=VALUE}}]'"}
+    _echo(f"settings ({how.get(kind, '--set KEY=VALUE')}):" if entry.settings else "no settings")
+    for setting in entry.settings:
+        value = "needed" if setting.needed else "not set" if setting.default is None else json.dumps(setting.default)
+        _echo_wrapped(f"  {setting.key} ({setting.type}; {value})", indent=6)
+        _echo_wrapped(f"      {setting.meaning}", indent=6)
+
+
+def _columns() -> int:
+    return min(shutil.get_terminal_size((100, 24)).columns, 120)
+
+
+def _echo_wrapped(text: str, *, indent: int = 0) -> None:
+    for line in textwrap.wrap(text, _columns(), subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False):
+        _echo(line)
 
 
 def _echo(text: str, *, err: bool = False) -> None:

@@ -33,7 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gradleak.errors import ModelError, SpecError, nearest
 from gradleak.observation import Observation, Update
 from gradleak.protocols import RANDOM, Around, Average, ClientOperator, FedSGD, JointTranspose
-from gradleak.spec import ClientSpec, DefenceSpec
+from gradleak.spec import ClientSpec, DefenceSpec, fault
 from gradleak.vjp import Engine, Transpose, exact
 
 _SETTINGS = ConfigDict(extra="forbid")
@@ -215,8 +215,8 @@ class DPSGD(Defence):
     Per-sample gradients do not exist with batch statistics, so F must not have batch norm: see :func:`prepare`.
 
     Attributes:
-        clip: C.
-        noise: z, the noise multiplier.
+        clip: C, the largest norm that one image's gradient keeps.
+        noise: z, the noise multiplier: the noise in the sum has deviation z C.
         sample_rate: Probability that an image is in a batch, for the accountant.
         steps: Number of steps that the accountant counts.
         delta: Of the (epsilon, delta) that is reported.
@@ -543,9 +543,7 @@ def _defence(spec: DefenceSpec, where: str) -> Defence:
     try:
         return TypeAdapter(kind).validate_python(spec.settings)
     except ValidationError as error:
-        raise SpecError(
-            "; ".join(f"{where}.{e['loc'][0]}: {e['msg']} (found {e['input']!r})" for e in error.errors())
-        ) from None
+        raise SpecError("; ".join(f"{where}.{e['loc'][0]}: {fault(e)}" for e in error.errors())) from None
 
 
 def _opacus(module: str) -> Any:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 #: Longest message of an error: text of a hostile file can be quoted in it.
 MAX_MESSAGE = 2000
+#: Most names that a message lists.
+MAX_NAMES = 40
 
 
 def printable(text: str, *, most: int = MAX_MESSAGE) -> str:
@@ -70,8 +72,17 @@ class DivergedError(GradleakError):
     """No round of an attack had a finite matching loss."""
 
 
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The one of ``known`` that ``word`` was probably meant to be."""
+    close = difflib.get_close_matches(
+        word[:100], sorted(known), n=1, cutoff=0.5
+    )  # its time grows with the square of the length
+    return close[0] if close else None
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the closest of ``known``, else a list of what there is."""
     known = sorted(known)
-    close = difflib.get_close_matches(word[:100], known, n=1, cutoff=0.5)  # its time grows with the square of the length
-    return f"; did you mean {close[0]!r}?" if close else f"; known are: {', '.join(known)}"
+    close = closest(word, known)
+    more = f" and {len(known) - MAX_NAMES} more" if len(known) > MAX_NAMES else ""
+    return f"; did you mean {close!r}?" if close else f"; known are: {', '.join(known[:MAX_NAMES])}{more}"

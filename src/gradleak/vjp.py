@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gradleak.distance import norm
+from gradleak.errors import ModelError
 from gradleak.observation import Update
 
 Loss = Callable[[Mapping[str, Tensor], Tensor], Tensor]
@@ -53,10 +55,28 @@ def exact(loss: Loss, weights: Update, images: Tensor) -> tuple[Update, Transpos
         if not attached:
             return torch.zeros_like(images)
         outputs, cotangents = zip(*attached, strict=True)
-        (image_cotangent,) = torch.autograd.grad(outputs, images, cotangents, allow_unused=True, materialize_grads=True)
+        (image_cotangent,) = second_derivative(outputs, [images], cotangents)
         return image_cotangent.detach()
 
     return {name: g.detach() for name, g in zip(names, gradients, strict=True)}, transpose
+
+
+def second_derivative(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Cotangents of gradients (``outputs``, made with ``create_graph``) to those of ``inputs``; zeros for unused ones.
+
+    Raises:
+        ModelError: F uses an operation for which torch has no second derivative; names it.
+    """
+    try:
+        return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, materialize_grads=True)
+    except RuntimeError as fault:
+        missing = re.match(r"derivative for (?:aten::)?(\w+?)(?:_backward)? is not implemented", str(fault))
+        if missing is None:
+            raise
+        raise ModelError(
+            f"the model uses {missing[1]}, for which torch has no second derivative, and attacks need one: exchange it, for "
+            'example with model.activation = "sigmoid" where it is an activation'
+        ) from None
 
 
 def secant(loss: Loss, weights: Update, images: Tensor, *, step: float = 1e-3) -> tuple[Update, Transpose]:

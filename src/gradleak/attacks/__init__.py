@@ -11,7 +11,7 @@ from gradleak.attacks import analytic, cinet, dlg, gi_nas, gias, gradinversion, 
 from gradleak.attacks.cinet import CINetAttack
 from gradleak.attacks.recipe import Attack, Problem
 from gradleak.errors import SpecError, nearest
-from gradleak.spec import shown
+from gradleak.spec import fault
 
 __all__ = ["ATTACKS", "Attack", "CINetAttack", "Problem", "attack", "available"]
 
@@ -43,7 +43,7 @@ def attack(name: str, **settings: Any) -> Attack:
     try:
         changed: Attack = TypeAdapter(type(preset)).validate_python({**dataclasses.asdict(preset), **settings})
     except ValidationError as error:
-        faults = "; ".join(f"attack.{e['loc'][0]}: {e['msg']} (found {shown(e['input'])})" for e in error.errors())
+        faults = "; ".join(f"attack.{e['loc'][0]}: {fault(e)}" for e in error.errors())
         raise SpecError(faults) from None
     return changed
 

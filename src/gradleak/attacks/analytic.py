@@ -8,7 +8,7 @@ easy is it to break privacy in federated learning?", NeurIPS 2020, Proposition 3
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import ConfigDict
@@ -45,6 +45,10 @@ class AnalyticAttack(Attack):
     The layer's input may be a pixelwise affine function of the image (a normalisation), which is found and inverted. The
     settings of a loop, from ``rounds`` on, have no effect.
     """
+
+    needs: ClassVar[str] = (
+        "a model that begins with a linear layer on the image; of a batch, rows that one image alone activates"
+    )
 
     distance: DistanceName = "squared-l2"
 

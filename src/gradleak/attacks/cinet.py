@@ -31,10 +31,18 @@ class CINetAttack(Attack):
 
     Attributes:
         channels: c, or the over-parameterisation rule that sets it (:func:`gradleak.cinet.choose_channels`).
+        latent: Length of each image's latent.
+        interpolation: How a block doubles the size: ``nearest``, or ``linear`` (bilinear).
+        normalisation: Of the 3x3 convolutions: ``spectral``, ``pixel`` or ``none``.
+        activation: After each of them.
+        output: ``tanh`` in [-1, 1], or ``sigmoid`` in [0, 1].
         headroom: Range of the sigmoid output where the update does not tell the gain; else it is [0, 1].
+        output_layer: ``single``: one 1x1 convolution; ``blended``: the mean of the last two resolutions' images.
+        residual: Skip connection around each block.
+        convolutions: 3x3 convolutions in a block.
 
-    The other attributes are the generator's choices of appendix B (:class:`gradleak.cinet.CINet`). The defaults are our
-    fastest good recipe, ``cinet``: Adam on signs with cosine decay, SiLU, sigmoid output, no spectral norm.
+    The choices are those of appendix B (:class:`gradleak.cinet.CINet`). The defaults are our fastest good recipe, ``cinet``:
+    Adam on signs with cosine decay, SiLU, sigmoid output, no spectral norm.
     """
 
     channels: Annotated[int, Field(ge=1, le=4096)] | ChannelRule = Field(default="auto", union_mode="left_to_right")

@@ -121,8 +121,7 @@ class GINASAttack(Attack):
         candidates: How many architectures are compared, drawn without repetition from :func:`search_space_size`; CI-Net's
             own is always among them.
         channels: c, or the rule that sets it (:func:`gradleak.cinet.choose_channels`).
-
-    The other attributes are choices of :class:`gradleak.cinet.CINet`.
+        latent, normalisation, activation, output, convolutions: As of :class:`gradleak.attacks.cinet.CINetAttack`.
     """
 
     rounds: int = Field(default=30_000, ge=1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field
@@ -72,6 +72,8 @@ class GIASAttack(Attack):
         latent: Length of an untrained generator's latents.
         width: Channels of an untrained generator (:class:`gradleak.dcgan.Generator`).
     """
+
+    needs: ClassVar[str] = f"{Attack.needs}; with attack.generator=FILE also threat.surrogate_data"
 
     rounds: int = Field(default=5500, ge=1)
     distance: DistanceName = "cosine"

@@ -5,7 +5,7 @@ H. Yin et al., "See through Gradients: Image Batch Recovery via GradInversion", 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -38,6 +38,8 @@ class GradInversionAttack(Attack):
         group_consistency: Weight of :func:`gradleak.prior.group_consistency`.
         initial: First images: ``normalised`` is the authors' N(0, 1) on normalised images.
     """
+
+    needs: ClassVar[str] = f"{Attack.needs}; uses batch statistics where threat.batch_statistics grants them"
 
     rounds: int = Field(default=20_000, ge=1)
     distance: DistanceName = "squared-l2"

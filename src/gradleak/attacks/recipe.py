@@ -74,7 +74,9 @@ class Attack:
     """The settings that every attack has; a subclass adds its image model, and what else it needs.
 
     Attributes:
-        joint_labels: Whether the labels are optimised together with the images.
+        needs: What the attack must have, for `gradleak list`.
+        joint_labels: Whether the targets are optimised together with the images, by the same optimiser, whatever rule gave
+            labels (:class:`gradleak.targets.FreeTargets`).
         rounds: T, number of steps.
         distance: ``cosine`` (Eq. 3) or ``squared-l2`` (Eq. 2).
         optimiser: ``adam``, ``sgd`` (plain descent) or ``lbfgs`` (a round is one call: up to twenty evaluations).
@@ -91,6 +93,7 @@ class Attack:
         snapshots: How many intermediate reconstructions are kept.
     """
 
+    needs: ClassVar[str] = "the labels, granted or recovered (labels.rule)"
     joint_labels: ClassVar[bool] = False
 
     rounds: int = Field(default=1000, ge=1)
@@ -117,10 +120,7 @@ class Attack:
         return None
 
     def image_model(self, problem: Problem) -> nn.Module:
-        """A module whose ``forward()`` gives the images, (group B) x C x H x W, from trainable parameters.
-
-        Where ``joint_labels`` holds, it also has a method ``labels()``: B x classes, non-negative, rows summing to 1.
-        """
+        """A module whose ``forward()`` gives the images, (group B) x C x H x W, from trainable parameters."""
         raise NotImplementedError
 
     def prior(self, images: Tensor, problem: Problem) -> Tensor | None:

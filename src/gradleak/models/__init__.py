@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,13 +19,14 @@ import torchvision
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gradleak.errors import GradleakError, ModelError, nearest
+from gradleak.errors import GradleakError, ModelError, closest, nearest
 from gradleak.files import machine_memory
 from gradleak.models.cifar import NETWORKS, ImageShape
+from gradleak.observation import Normalisation
 from gradleak.spec import ModelSpec
 from gradleak.tensors import check_state, read_tensors
 
-__all__ = ["available", "build", "import_function"]
+__all__ = ["available", "build", "described", "import_function", "normalisation", "normalised"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
@@ -54,8 +57,15 @@ _RECTIFIERS = {"relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "si
 
 
 def available() -> list[str]:
-    """Names that :func:`build` knows: the built-in networks, then ``torchvision/NAME``."""
-    return [*NETWORKS, *(f"torchvision/{name}" for name in _torchvision_names())]
+    """Names that :func:`build` knows: built-in networks, ``torchvision/NAME``, and ``timm/NAME`` where timm is installed."""
+    names = [*NETWORKS, *(f"torchvision/{name}" for name in _torchvision_names())]
+    return [*names, *(f"timm/{name}" for name in _timm().list_models())] if find_spec("timm") else names
+
+
+def described() -> dict[str, str]:
+    """Name -> one line about it; only the built-in networks have one."""
+    lines = {name: (inspect.getdoc(network) or "").partition("\n")[0] for name, network in NETWORKS.items()}
+    return {name: lines.get(name, "") for name in available()}
 
 
 def build(spec: ModelSpec, *, image_shape: ImageShape) -> nn.Module:
@@ -69,7 +79,7 @@ def build(spec: ModelSpec, *, image_shape: ImageShape) -> nn.Module:
         image_shape: (C, H, W) of the images that F takes, in [0, 1].
 
     Returns:
-        A module that maps B x C x H x W to logits B x num_classes.
+        A module that maps B x C x H x W to B x ..., logits B x num_classes for a classifier.
 
     Raises:
         ModelError: The name is unknown, the user's code fails, an activation cannot be replaced, the weights do not
@@ -79,7 +89,8 @@ def build(spec: ModelSpec, *, image_shape: ImageShape) -> nn.Module:
     for key, values in (("mean", spec.mean), ("std", spec.std)):
         if values is not None and len(values) != channels:
             raise ModelError(f"model.{key} has {len(values)} values, the images have {channels} channels")
-    if ":" not in spec.name and ((spec.width or 0) > 1024 or (spec.num_classes or 0) > 100_000):
+    large = (spec.width or 0) > 1024 or (spec.num_classes or 0) > 100_000 or spec.name.startswith("timm/")
+    if ":" not in spec.name and large:
         _check_size(spec, image_shape)
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed: it would also reset the caller's accelerators
@@ -92,7 +103,7 @@ def build(spec: ModelSpec, *, image_shape: ImageShape) -> nn.Module:
                 setattr(module, "inplace", False)  # noqa: B010 (nn.Module's attributes are typed as tensors)
         if spec.mean is not None or spec.std is not None:
             mean, std = spec.mean or [0.0] * channels, spec.std or [1.0] * channels
-            model.register_forward_pre_hook(_Normalise(tuple(mean), tuple(std)), prepend=True)
+            _normalise(model, Normalisation(tuple(mean), tuple(std)))
         _probe(model, spec, image_shape)
     if spec.weights is not None:
         _load_weights(model, spec.weights)
@@ -127,18 +138,48 @@ def import_function(where: str, *, error: type[GradleakError] = ModelError) -> C
     return function
 
 
+def normalised(model: nn.Module, *, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
+    r"""A copy of F for images in [0, 1] where F takes normalised ones: :math:`x \mapsto F((x - \mathrm{mean}) / \mathrm{std})`.
+
+    Parameters keep their names.
+
+    Args:
+        model: F.
+        mean, std: One number for each channel.
+
+    Raises:
+        ModelError: A deviation is not positive, there are not as many of one as of the other, or F is normalised already.
+    """
+    if len(mean) != len(std) or any(s <= 0 for s in std):
+        raise ModelError(f"normalisation: mean {list(mean)} and std {list(std)}; expected one positive std for each mean")
+    if normalisation(model) is not None:
+        raise ModelError("normalisation: this model normalises its images already; declare mean and std once")
+    model = copy.deepcopy(model)
+    _normalise(model, Normalisation(tuple(map(float, mean)), tuple(map(float, std))))
+    return model
+
+
+def normalisation(model: nn.Module) -> Normalisation | None:
+    """What :func:`normalised` or :func:`build` made F subtract and divide by; None: nothing."""
+    hooks = model._forward_pre_hooks.values()
+    return next((hook.constants for hook in hooks if isinstance(hook, _Normalise)), None)
+
+
 @dataclass(frozen=True)
 class _Normalise:
     """Forward pre-hook ``x -> (x - mean) / std`` per channel; holds numbers, so it follows any device and copy."""
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    constants: Normalisation
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         images, *rest = inputs
-        mean = images.new_tensor(self.mean)[:, None, None]
-        std = images.new_tensor(self.std)[:, None, None]
+        mean = images.new_tensor(self.constants.mean)[:, None, None]
+        std = images.new_tensor(self.constants.std)[:, None, None]
         return ((images - mean) / std, *rest)
+
+
+def _normalise(model: nn.Module, constants: Normalisation) -> None:
+    model.register_forward_pre_hook(_Normalise(constants), prepend=True)
 
 
 def _construct(spec: ModelSpec, image_shape: ImageShape) -> nn.Module:
@@ -146,18 +187,21 @@ def _construct(spec: ModelSpec, image_shape: ImageShape) -> nn.Module:
     if spec.name in NETWORKS:
         width = {} if spec.width is None else {"width": spec.width}
         return NETWORKS[spec.name](image_shape=image_shape, **classes, **width)
-    named = spec.name.startswith("torchvision/") and spec.name.removeprefix("torchvision/") in _torchvision_names()
-    if not named and ":" not in spec.name:
+    library, _, bare = spec.name.partition("/") if ":" not in spec.name else ("", "", "")
+    known = {"torchvision": _torchvision_names, "timm": lambda: _timm().list_models()}.get(library, list)
+    if bare not in known() and ":" not in spec.name:
         raise ModelError(f"unknown model {spec.name!r}{_suggestion(spec.name)}")
     if spec.width is not None:
         raise ModelError(f"model.width is a setting of {', '.join(NETWORKS)}; {spec.name} has none: remove it")
-    if named:
+    if library == "torchvision":
         return _torchvision_model(spec.name, classes, image_shape)
+    if library == "timm":
+        return _timm_model(bare, classes, image_shape)
     return _own_model(spec.name, {**classes, "image_shape": image_shape})
 
 
 def _check_size(spec: ModelSpec, image_shape: ImageShape) -> None:
-    """A width or number of classes may come from an update file: it must not ask for more memory than there is."""
+    """A model's name and size may come from an update file: they must not ask for more memory than there is."""
     with torch.device("meta"):
         needed = sum(p.numel() * p.element_size() for p in _construct(spec, image_shape).parameters())
     if needed > machine_memory() // 4:  # weights, gradient, update and moved weights
@@ -168,10 +212,13 @@ def _check_size(spec: ModelSpec, image_shape: ImageShape) -> None:
 
 
 def _suggestion(name: str) -> str:
-    bare = name.removeprefix("torchvision/")
-    if bare != name or bare in _torchvision_names():
-        return nearest(f"torchvision/{bare}", available())
-    return nearest(name, [*NETWORKS, "torchvision/NAME", "path/to/file.py:function", "package.module:function"])
+    library, _, bare = name.rpartition("/")
+    if library in ("timm", "torchvision"):
+        close = closest(name, [known for known in available() if known.startswith(library)])
+        return f"; did you mean {close!r}?" if close else f"; `gradleak list models {library}` shows what there is"
+    if bare in _torchvision_names():
+        return f"; did you mean 'torchvision/{bare}'?"
+    return nearest(name, [*NETWORKS, "torchvision/NAME", "timm/NAME", "path/to/file.py:function", "package.module:function"])
 
 
 def _torchvision_names() -> list[str]:
@@ -185,6 +232,26 @@ def _torchvision_model(name: str, classes: dict[str, int], image_shape: ImageSha
     # without the auxiliary heads these two return logits in train mode, as all others do
     plain = {"aux_logits": False, "init_weights": True} if bare in ("googlenet", "inception_v3") else {}
     model: nn.Module = torchvision.models.get_model(bare, weights=None, **classes, **plain)
+    return model
+
+
+def _timm() -> Any:
+    """timm, imported when it is asked for: it is an optional extra."""
+    try:
+        return importlib.import_module("timm")
+    except ImportError as cause:
+        raise ModelError(f'models named timm/NAME need timm ({cause}); install it with: pip install "gradleak[timm]"') from None
+
+
+def _timm_model(name: str, classes: dict[str, int], image_shape: ImageShape) -> nn.Module:
+    timm = _timm()
+    # these have position embeddings, windows or token mixers of one image size; the others take any
+    sized = {"img_size": image_shape[1:]} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=False, in_chans=image_shape[0], **classes, **sized)
+    except Exception as cause:  # sizes that the model's patches or windows do not divide, and much else
+        size = "x".join(map(str, image_shape))
+        raise ModelError(f"timm/{name} cannot be built for images of {size}: {type(cause).__name__}: {cause}") from cause
     return model
 
 
@@ -238,20 +305,28 @@ class _FunctionNames(TorchFunctionMode):
 
 
 def _probe(model: nn.Module, spec: ModelSpec, image_shape: ImageShape) -> None:
-    """Run two random images through the model: it must take them, and give logits."""
+    """Run two random images through the model: it must take them, and give a tensor for each."""
     size = "x".join(map(str, image_shape))
     calls = _FunctionNames()
     try:
         with torch.no_grad(), calls:
-            logits = model.eval()(torch.rand(2, *image_shape))
+            output = model.eval()(torch.rand(2, *image_shape))
     except Exception as cause:  # the user's code may raise anything
         raise ModelError(f"{spec.name} does not take images of {size}: {type(cause).__name__}: {cause}") from cause
-    expected = f"(2, {spec.num_classes or 'num_classes'})"
-    if not isinstance(logits, Tensor):
-        raise ModelError(f"{spec.name} returns {type(logits).__name__}, expected logits: a tensor of shape {expected}")
-    if logits.ndim != 2 or len(logits) != 2 or logits.shape[1] != (spec.num_classes or logits.shape[1]):
+    if not isinstance(output, Tensor):
         raise ModelError(
-            f"{spec.name} gives a tensor of shape {tuple(logits.shape)} for two images of {size}, expected {expected}"
+            f"{spec.name} returns {type(output).__name__}, expected a tensor whose first dimension is the batch, such as "
+            "logits; wrap it in a module that returns the tensor that the loss takes"
+        )
+    if output.ndim == 0 or len(output) != 2 or not output.is_floating_point():
+        raise ModelError(
+            f"{spec.name} gives {output.dtype} of shape {tuple(output.shape)} for two images of {size}, expected floats whose "
+            "first dimension is the batch: (2, num_classes) for a classifier"
+        )
+    if spec.num_classes is not None and output.shape[1:2] != (spec.num_classes,):
+        raise ModelError(
+            f"{spec.name} gives a tensor of shape {tuple(output.shape)} for two images of {size}, expected "
+            f"(2, {spec.num_classes}{', ...' * (output.ndim > 2)})"
         )
     remaining = calls.seen & _RECTIFIERS - {spec.activation}
     if spec.activation != "model" and remaining:

@@ -22,6 +22,7 @@ from gradleak.files import write_atomically
 from gradleak.layers import Layer, in_words, modules
 from gradleak.observation import Truth
 from gradleak.report.figures import curve_svg, grid_png, picture, png_data_uri, webp_data_uri
+from gradleak.targets import are_classes
 
 #: Values of all pictures of the gallery together up to which they are shown without loss, and at all.
 LOSSLESS_PIXELS = 600_000
@@ -222,7 +223,8 @@ def write_report(folder: Path, data: ReportData) -> None:
 def _assignment(data: ReportData) -> list[int]:
     """Index of the reconstruction of every true image; without truth every reconstruction stands for itself."""
     if data.images is None:
-        return list(range(len(data.result["labels"]["values"])))
+        labels = data.result["labels"]
+        return list(range(labels["shape"][0] if labels.get("shape") else len(labels["values"])))
     if data.truth is None:
         return list(range(len(data.images)))
     return data.result.get("assignment") or list(range(len(data.truth.images)))
@@ -240,7 +242,7 @@ def _best_first(data: ReportData) -> list[_Picture]:
             pictures.append(_Picture(i, f"image {i}", None, None, data.images[j], values))
         else:
             name = _one_line(data.truth.names[i]) if i < len(data.truth.names) else f"image {i}"
-            label = int(data.truth.labels[i])
+            label = int(data.truth.labels[i]) if are_classes(data.truth.labels) else None
             pictures.append(_Picture(i, name, label, data.truth.images[i], data.images[j], values))
     if measured := _measured(pictures):
         pictures.sort(key=lambda p: (p.values[measured[0].key] is None, -(p.values[measured[0].key] or 0.0)))

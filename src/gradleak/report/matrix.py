@@ -17,7 +17,11 @@ NO_DEFENCE = "none"
 THUMBNAILS = 4
 _COLOURS = 8
 _COSTS = (
-    ("distortion", "relative distortion of the update", "over the distortion: a defence is good where its curve falls far to the left"),
+    (
+        "distortion",
+        "relative distortion of the update",
+        "over the distortion: a defence is good where its curve falls far to the left",
+    ),
     ("epsilon", "epsilon of DP-SGD", "over epsilon: from strong privacy on the left to weak on the right"),
 )
 
