@@ -112,7 +112,7 @@ def test_result_has_the_documented_keys(home: Path) -> None:
     assert result["cost"]["rounds"] == 3
     labels = Truth.load(home / "truth.safetensors").labels.tolist()
     shares = ("accuracy", "classes_found", "counts_exact", "existence_accuracy", "number_accuracy")
-    assert result["labels"] == {"rule": "known", "values": labels, "classes": 10, **dict.fromkeys(shares, 1.0)}
+    assert result["labels"] == {"rule": "known", "values": labels, "shape": [2], "classes": 10, **dict.fromkeys(shares, 1.0)}
     found = result["identification"]
     assert (found["candidates"], found["chance"]) == (32, 1 / 32)  # the batch, and all that follows it in the source
     assert all(1 <= rank <= 32 for rank in found["ranks"]["mse"] + found["ranks"]["ssim"])
@@ -334,7 +334,8 @@ BAD_AUDITS: dict[str, tuple[list[str], list[str]]] = {
     "one image for idlg": (tiny(labels_rule="idlg"), ["idlg", "one image", "2"]),
     "missing weights": (tiny(model_weights="absent.safetensors"), ["absent.safetensors", "no such file"]),
     "missing LPIPS weights": (tiny(evaluate_lpips="absent.safetensors"), ["absent.safetensors", "no such file"]),
-    "unknown loss": (tiny(client_loss="mse"), ["client.loss", "'mse'", "cross-entropy"]),
+    "unknown loss": (tiny(client_loss="mae"), ["client.loss", "'mae'", "'mse'"]),
+    "loss that does not go with labels": (tiny(client_loss="mse"), ["mse", "(2, 10)", "int64", "client.loss"]),
     "unknown device": (tiny(device="gpu"), ["device", "'gpu'", "available: cpu"]),
     "absent CUDA device": (tiny(device=absent_cuda()), ["device", absent_cuda(), "available: cpu"]),
     "missing spec": (["absent.toml"], ["absent.toml", "no such file", "a TOML specification"]),

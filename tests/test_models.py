@@ -209,7 +209,8 @@ def test_own_model_by_file_and_module(tmp_path: Path, monkeypatch: pytest.Monkey
         "def fixed(): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))\n"
         "def text(): return 'net'\n"
         "def broken(): raise RuntimeError('out of order')\n"
-        "def images(): return nn.Identity()\n"
+        "def one_number(): return type('Sum', (nn.Module,), {'forward': lambda self, x: x.sum()})()\n"
+        "def several(): return type('Pair', (nn.Module,), {'forward': lambda self, x: (x, x)})()\n"
     )
     (tmp_path / "own_gradleak_model.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
@@ -223,7 +224,8 @@ def test_own_model_by_file_and_module(tmp_path: Path, monkeypatch: pytest.Monkey
         "nett": "did you mean 'net'",
         "text": "returned str, expected a torch.nn.Module",
         "broken": "RuntimeError: out of order",
-        "images": r"gives a tensor of shape \(2, 3, 32, 32\)",
+        "one_number": r"gives torch.float32 of shape \(\) for two images of 3x32x32",
+        "several": "returns tuple, expected a tensor",
     }.items():
         with pytest.raises(ModelError, match=reason):
             build(ModelSpec(name=f"{file}:{name}"), image_shape=CIFAR)

@@ -7,11 +7,14 @@ from gradleak.errors import GradleakError
 from gradleak.evaluate import Evaluation, evaluate
 from gradleak.invert import Reconstruction, invert
 from gradleak.labels import Labels, recover
+from gradleak.leak import Leak, measure_leak
 from gradleak.matrix import audit_matrix
 from gradleak.models import build as build_model
+from gradleak.models import normalised
 from gradleak.observation import Observation, Truth, Update
 from gradleak.run import audit
 from gradleak.spec import ClientSpec, DataSpec, DefenceSpec, ModelSpec, RunSpec, ThreatSpec, load
+from gradleak.updates import from_gradient, from_weights, observe
 
 __all__ = [
     "Average",
@@ -24,6 +27,7 @@ __all__ = [
     "FedSGD",
     "GradleakError",
     "Labels",
+    "Leak",
     "ModelSpec",
     "Observation",
     "Reconstruction",
@@ -37,9 +41,14 @@ __all__ = [
     "build_client",
     "build_model",
     "evaluate",
+    "from_gradient",
+    "from_weights",
     "invert",
     "load",
     "load_data",
+    "measure_leak",
+    "normalised",
+    "observe",
     "operator",
     "recover",
     "simulate",

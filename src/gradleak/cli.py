@@ -1,4 +1,4 @@
-"""The command line: audit, capture, invert, evaluate, purge, check, train-generator, list."""
+"""The command line: audit, capture, convert, invert, evaluate, purge, check, validate, train-generator, list."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ Exit codes:
 
 
 def _examples(*lines: str) -> str:
-    """An epilog that click leaves as it is."""
-    return "\n".join(["\b", "Examples:", *(f"  $ gradleak {line}" for line in lines)])
+    """An epilog that click leaves as it is; a line that begins with a space goes on with the one before."""
+    return "\n".join(
+        ["\b", "Examples:", *(f"    {line}" if line.startswith(" ") else f"  $ gradleak {line}" for line in lines)]
+    )
 
 
 class _Command(TyperCommand):
@@ -146,6 +148,15 @@ ModelName = Annotated[
 Weights = Annotated[
     Path | None,
     typer.Option("--weights", metavar="FILE", help="Its weights, model.weights: safetensors", rich_help_panel=RUN),
+]
+Loss = Annotated[
+    str | None,
+    typer.Option(
+        "--loss",
+        metavar="NAME",
+        help="The client's own loss, file.py:function or module:function (runs that code)",
+        rich_help_panel=RUN,
+    ),
 ]
 AttackName = Annotated[
     str | None,
@@ -314,15 +325,7 @@ def invert(
     *,
     model: ModelName = None,
     weights: Weights = None,
-    loss: Annotated[
-        str | None,
-        typer.Option(
-            "--loss",
-            metavar="NAME",
-            help="The client's own loss, file.py:function or module:function (runs that code)",
-            rich_help_panel=RUN,
-        ),
-    ] = None,
+    loss: Loss = None,
     attack: AttackName = None,
     set_: Set = None,
     memory_limit: MemoryLimit = None,
@@ -443,6 +446,115 @@ def check(
 
 
 @app.command(
+    cls=_Command,
+    rich_help_panel=THREE_STEPS,
+    epilog=_examples(
+        "convert --model models.py:build --gradient gradient.npz --before weights.safetensors \\",
+        "    --batch 8 --image-shape 3x32x32 --labels 3,0,7,1,1,2,5,9 --out update.safetensors",
+        "convert --model models.py:build --before sent.pt --after returned.pt --batch 8 --image-shape 1x64x64 \\",
+        "    --set client.protocol=fedavg --set client.learning_rate=0.1 --out update.safetensors",
+    ),
+)
+def convert(
+    spec: SpecFile = None,
+    *,
+    model: ModelName = None,
+    weights: Weights = None,
+    set_: Set = None,
+    gradient: Annotated[
+        Path | None,
+        typer.Option(
+            "--gradient", metavar="FILE", help="The gradient: .safetensors, .npz, .pt, .pth, .bin, .ckpt", rich_help_panel=RUN
+        ),
+    ] = None,
+    after: Annotated[
+        Path | None,
+        typer.Option("--after", metavar="FILE", help="In its place, the client's weights after training", rich_help_panel=RUN),
+    ] = None,
+    before: Annotated[
+        Path | None,
+        typer.Option(
+            "--before", metavar="FILE", help="The weights that the server sent  [default: the model's]", rich_help_panel=RUN
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="B, number of images", rich_help_panel=RUN)],
+    image_shape: Annotated[
+        str, typer.Option("--image-shape", metavar="CxHxW", help="For example 3x32x32", rich_help_panel=RUN)
+    ],
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels",
+            metavar="3,0,7|FILE",
+            help="Classes, or a .npz or .safetensors file with an array 'labels'  [default: not known]",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="Where the update goes (safetensors)", rich_help_panel=OUTPUT)
+    ],
+    force: Force = False,
+    json_: Json = False,
+) -> Report:
+    """Make an update file of what other software saved: a gradient, or weights before and after.
+
+    Arrays are by name, or in the order of the model's parameters or state. What the client did (protocol, learning rate,
+    mode, loss), the model's mean and std, and the defences are those of the specification and --set.
+    """
+    from gradleak import run
+    from gradleak.spec import override, read_table
+    from gradleak.validate import parse_shape, read_labels
+
+    if (gradient is None) == (after is None):
+        raise SpecError("convert: give either --gradient FILE, or --after FILE with --before FILE")
+    run.prepare_file(out, force=force)
+    table = {} if spec is None else read_table(spec)
+    observation = run.convert(
+        override(table, _overrides(set_, model=model, weights=weights)),
+        gradient=gradient,
+        before=before,
+        after=after,
+        batch=batch,
+        image_shape=parse_shape(image_shape),
+        labels=None if labels is None else read_labels(labels),
+    )
+    observation.save(out)
+    numbers = sum(t.numel() for t in observation.update.values())
+    if json_:
+        return {"update": str(out), "numbers": numbers, "images": batch, "sent": list(observation.update)}
+    _echo(f"update: {out} ({numbers:,} numbers from {batch} images); see `gradleak validate`, then `gradleak invert`")
+    return None
+
+
+@app.command(
+    cls=_Command,
+    rich_help_panel=HELP,
+    epilog=_examples(
+        "validate update.safetensors",
+        "validate update.safetensors --model models.py:build --json",
+    ),
+)
+def validate(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An update or a truth: safetensors")],
+    *,
+    model: ModelName = None,
+    weights: Weights = None,
+    loss: Loss = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> Report:
+    """Is an update file whole, what is in it, and does it fit the model? Attacks nothing; exit code 2 if it is not valid."""
+    from gradleak.validate import validate as look
+
+    found = look(file, model=model, loss=loss, overrides=_overrides(set_, weights=weights))
+    if json_:
+        return found.to_dict()
+    for line in found.lines():
+        _echo(line)
+    return None
+
+
+@app.command(
     "train-generator",
     cls=_Command,
     rich_help_panel=HELP,
@@ -450,7 +562,7 @@ def check(
         "train-generator folder:public --images 5000 --out generator.safetensors",
         "audit my.toml --attack gias --set attack.generator=generator.safetensors \\",
         "    --set threat.surrogate_data=true --out run",
-    ).replace("$ gradleak     --set", "        --set"),
+    ),
 )
 def train_generator(
     source: Annotated[str, typer.Argument(metavar="DATA", help="Public images: a data source, e.g. folder:pictures")],
@@ -626,7 +738,9 @@ def _print_result(result: dict[str, Any], folder: Path) -> None:
             f"{found['candidates']} candidates (a guess: {100 * found['chance']:.2g} %)"
         )
     labels = result["labels"]
-    if labels["rule"] != "known" and labels.get("accuracy") is not None:
+    if labels["rule"] != "known" and labels.get("mean_absolute_error") is not None:
+        _echo(f"  targets by {labels['rule']}: off by {labels['mean_absolute_error']:.3g} in the mean")
+    if labels["rule"] != "known" and labels.get("classes_found") is not None:
         _echo(
             f"  labels by {labels['rule']}: {100 * labels['accuracy']:.4g} % right, {100 * labels['classes_found']:.4g} % of "
             f"the classes found, {100 * labels['counts_exact']:.4g} % of the counts exact"

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradleak.defences import DPSGD, Defence, Transport, defend, distortion, parse, prepare
 from gradleak.errors import DataError, ObservationError, SpecError
+from gradleak.models import normalisation, normalised
 from gradleak.observation import Observation, Truth
 from gradleak.protocols import Average, ClientOperator, FedAvg, FedSGD, TrainingLoss, training_loss
 from gradleak.spec import ClientSpec, ModelSpec
+from gradleak.targets import are_classes, fault
 
 __all__ = [
     "Average",
@@ -120,18 +122,21 @@ def simulate(
         seed: Of what the client draws: noise, order. It is not part of the observation.
 
     Raises:
-        DataError: A label is outside F's classes.
+        DataError: The labels or targets do not go with F's output and the loss (:func:`gradleak.targets.fault`), or the loss
+            fails.
         SpecError: Batch statistics are granted, and F has no batch norm.
     """
     weight = next(iter(client.weights.values()))
     images, labels = truth.images.to(weight), truth.labels.to(weight.device)
     with torch.no_grad():
-        classes = client.outputs(images[:2].repeat(2, 1, 1, 1)[:2]).shape[-1]
+        output = client.outputs(images[:2].repeat(2, 1, 1, 1)[:2])
         statistics = client.batch_statistics(images) if grant_batch_statistics else None
     if statistics == {}:
         raise SpecError("threat.batch_statistics: the model has no batch-norm layer, so there are no statistics to grant")
-    if bad := _out_of_range(labels, classes):
-        raise DataError(f"{bad}; set model.num_classes, or choose other images")
+    if bad := fault(client.loss_name, labels, output):
+        classes = client.loss_name == "cross-entropy" and are_classes(labels) and output.ndim == 2
+        raise DataError(f"{bad}; {'set model.num_classes, or choose other images' if classes else _OTHER_LOSS}")
+    client.check_loss(images, labels)
     try:
         update = client.sent(images, labels, torch.Generator().manual_seed(seed))
     except ValueError as error:  # torch's batch norm: one value per channel has no variance
@@ -154,6 +159,7 @@ def simulate(
         if statistics is None
         else {name: (mean.cpu(), variance.cpu()) for name, (mean, variance) in statistics.items()},
         surrogate_data=grant_surrogate_data,
+        normalisation=normalisation(client.model),
     )
 
 
@@ -162,7 +168,7 @@ def operator(observation: Observation, model: nn.Module, *, where: str = "observ
     the protocol, and the defences with what the update shows of them.
 
     Args:
-        observation: What the server holds.
+        observation: What the server holds. Its normalisation is put before F, unless F has one.
         model: F; its own weights are used when the observation has none.
         where: What an error message calls the observation.
 
@@ -170,6 +176,8 @@ def operator(observation: Observation, model: nn.Module, *, where: str = "observ
         ObservationError: The observation does not fit the model; names the parameter and both shapes.
     """
     defences = parse(observation.defences, where=f"{where}: defence")
+    if observation.normalisation is not None and normalisation(model) is None:
+        model = normalised(model, **observation.normalisation._asdict())
     client = build_client(model, observation.protocol, observation.batch, defences=defences, observation=observation)
     observation.check_fits(client, where=where)
     state = {**observation.weights, **observation.buffers}
@@ -184,8 +192,8 @@ def operator(observation: Observation, model: nn.Module, *, where: str = "observ
     if observation.labels is not None:
         weight = next(iter(client.weights.values()))
         with torch.no_grad():
-            classes = client.outputs(torch.zeros(2, *observation.image_shape).to(weight)).shape[-1]
-        if bad := _out_of_range(observation.labels, classes):
+            output = client.outputs(torch.zeros(2, *observation.image_shape).to(weight))
+        if bad := fault(client.loss_name, observation.labels, output):
             raise ObservationError(f"{where}: {bad}; is it another model?")
     return client
 
@@ -226,6 +234,6 @@ def defence_costs(
     ]
 
 
-def _out_of_range(labels: Tensor, classes: int) -> str | None:
-    bad = [int(label) for label in labels if not 0 <= label < classes]
-    return f"label {bad[0]} is out of range: the model has {classes} classes (0 to {classes - 1})" if bad else None
+_OTHER_LOSS = (
+    'name the loss with client.loss ("cross-entropy", "bce-with-logits", "mse" or file.py:function), or change targets'
+)

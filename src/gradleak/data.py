@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import importlib.resources
-import io
 import math
 import os
-import struct
 import sys
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from gradleak.archive import DAMAGE, open_archive, open_member
 from gradleak.errors import DataError, nearest
 from gradleak.files import open_regular
 from gradleak.network import announce
-from gradleak.observation import MAX_LABEL, Truth
+from gradleak.observation import MAX_LABEL, Truth, check_labels
 from gradleak.spec import DataSpec
+from gradleak.targets import are_classes
 
 if sys.version_info >= (3, 11):
     from importlib.resources.abc import Traversable
@@ -91,8 +90,6 @@ PHOTOGRAPHS: dict[str, tuple[Box, ...]] = {
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_BATCH_BYTES = 4 << 30
-MAX_MEMBER_BYTES = 64 << 30
-MAX_DIRECTORY_BYTES = 1_000_000
 MAX_IMAGE_PIXELS = 100_000_000
 
 
@@ -103,18 +100,18 @@ def available() -> dict[str, str]:
         "cifar10": "CIFAR-10, training images (torchvision; data.root, data.download)",
         "cifar100": "CIFAR-100, training images (torchvision; data.root, data.download)",
         "folder:PATH": "PATH/<class>/<image>: one folder per class, or per class number",
-        "npz:PATH": "NumPy archive: x (N x H x W x C or N x C x H x W, uint8 or [0, 1]) and y (N integers)",
+        "npz:PATH": "NumPy archive: x (N x H x W x C or N x C x H x W, uint8 or [0, 1]) and y (N classes, or targets N x ...)",
     }
 
 
 def load(spec: DataSpec) -> Truth:
     """Images ``start .. start + batch - 1`` of a source, with labels and names. Only these are decoded.
 
-    A size other than the stored one means: the largest central square, resized by Lanczos' antialiased filter. Without
-    a size, ``sample`` gives 32 pixels, ``folder`` 224, the others what is stored.
+    A size other than the stored one means: the largest central part of that shape (a square for one number), resized by
+    Lanczos' antialiased filter. Without a size, ``sample`` gives 32 pixels, ``folder`` 224, the others what is stored.
 
     Returns:
-        Images B x C x H x W, float32 in [0, 1], and labels B, int64.
+        Images B x C x H x W, float32 in [0, 1], and labels B, int64; from ``npz`` also targets B x ..., int64 or float32.
 
     Raises:
         DataError: The source is unknown, missing or damaged, or has fewer than ``start + batch`` images.
@@ -223,8 +220,8 @@ def _folder(spec: DataSpec, root: Path) -> Truth:
     for file in [files[row] for row in _rows(spec, len(files))]:
         if not Path(os.path.realpath(file)).is_relative_to(inside):
             raise DataError(f"{file}: is a symbolic link that leads out of {root}; copy the image there")
-        image = _decode(file)
-        images.append(_resize(image, _centre(image.width, image.height), spec.size or 224))
+        image = _decode(file, mode="RGB" if spec.channels == 3 else "L")
+        images.append(_resize(image, (0, 0, image.width, image.height), spec.size or 224))
         name = file.relative_to(root).parts[0]
         labels.append(int(name) if numbered else classes.index(name))
         names.append(file.stem if numbered else name)  # a class number says nothing to people
@@ -233,17 +230,17 @@ def _folder(spec: DataSpec, root: Path) -> Truth:
 
 def _npz(spec: DataSpec, path: Path) -> Truth:
     try:
-        with open_regular(path, what="a .npz archive", error=DataError) as file, _archive(file) as archive:
+        with open_regular(path, what="a .npz archive", error=DataError) as file, open_archive(file) as archive:
             stored, count = _read_rows(archive, path, ("x", "images"), spec, ndim=4, kinds="uf")
-            labels, labelled = _read_rows(archive, path, ("y", "labels"), spec, ndim=1, kinds="ui")
-    except (zipfile.BadZipFile, zlib.error, struct.error, OSError, ValueError, EOFError, RuntimeError) as cause:
+            labels, labelled = _read_rows(archive, path, ("y", "labels"), spec, ndim=None, kinds="uif")
+    except DAMAGE as cause:
         raise DataError(f"{path}: not a readable .npz archive: {cause}") from None
     if count != labelled:
         raise DataError(f"{path}: {count} images but {labelled} labels")
-    if labels.min() < 0:
-        raise DataError(f"{path}: label {labels.min()} is negative; classes count from 0")
-    if labels.max() > MAX_LABEL:
+    if labels.dtype.kind != "f" and labels.max() > MAX_LABEL:  # before a uint64 becomes negative
         raise DataError(f"{path}: label {labels.max()} is larger than {MAX_LABEL}")
+    targets = torch.from_numpy(labels.astype(np.float32 if labels.dtype.kind == "f" else np.int64))
+    check_labels(targets, where=str(path))
     images = torch.from_numpy(stored.astype(np.float32))
     if stored.dtype == np.uint8:
         images /= 255
@@ -254,32 +251,18 @@ def _npz(spec: DataSpec, path: Path) -> Truth:
         )
     if images.shape[3] <= images.shape[1]:  # there are fewer channels than pixels
         images = images.permute(0, 3, 1, 2)
-    names = tuple(str(label) for label in labels)
-    return Truth(_fit(images.contiguous(), spec.size), torch.from_numpy(labels.astype(np.int64)), names)
-
-
-class _Directory(io.BufferedReader):
-    """A file from which nothing larger than an archive's directory is read, until ``most`` is lifted."""
-
-    most: float = MAX_DIRECTORY_BYTES
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > self.most:
-            raise zipfile.BadZipFile(f"its directory has {size} bytes, at most {MAX_DIRECTORY_BYTES}")
-        return super().read(size)
-
-
-@contextlib.contextmanager
-def _archive(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
-    """An archive whose directory was bounded before it was read; its members are numpy's own, stored or deflated."""
-    reader = _Directory(cast(io.RawIOBase, file))
-    with zipfile.ZipFile(reader) as archive:
-        reader.most = math.inf
-        yield archive
+    images = images.contiguous()
+    if targets.ndim > 2 and spec.size is not None and images.shape[2:] != _sides(spec.size):
+        raise DataError(
+            f"{path}: targets of shape {tuple(targets.shape)} look like maps of pixels, which data.size does not resize; store "
+            "images and targets at the size that the model takes"
+        )
+    names = tuple(str(label) for label in labels) if are_classes(targets) else ()
+    return Truth(_fit(images, spec.size), targets, names)
 
 
 def _read_rows(
-    archive: zipfile.ZipFile, path: Path, keys: tuple[str, ...], spec: DataSpec, *, ndim: int, kinds: str
+    archive: zipfile.ZipFile, path: Path, keys: tuple[str, ...], spec: DataSpec, *, ndim: int | None, kinds: str
 ) -> tuple[np.ndarray, int]:
     """The rows that ``spec`` asks for of the first array among ``keys``, and how many rows there are.
 
@@ -290,24 +273,14 @@ def _read_rows(
         there = ", ".join(name.removesuffix(".npy") for name in archive.namelist()[:8])
         raise DataError(f"{path}: no array {' or '.join(map(repr, keys))}; found: {there or 'nothing'}")
     where = f"{path}: array {member.removesuffix('.npy')!r}"
-    entry = archive.getinfo(member)
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise DataError(f"{where}: compressed by another method than np.savez_compressed uses")
-    if entry.file_size > MAX_MEMBER_BYTES:
-        raise DataError(f"{where}: {entry.file_size} bytes when unpacked, at most {MAX_MEMBER_BYTES}")
-    with archive.open(member) as stream:
-        # version 1 bounds the header at 64 KiB; later ones serve structured types only
-        if np.lib.format.read_magic(stream) != (1, 0):
-            raise DataError(f"{where}: unknown .npy version; expected a plain array of numbers")
-        try:
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-        except Exception as cause:  # the header is a Python literal, and its tokenizer and parser raise many kinds
-            raise DataError(f"{where}: its header is not readable: {cause}") from None
+    with open_member(archive, member, where=where, error=DataError) as (stream, (shape, fortran_order, dtype)):
         if dtype.kind not in kinds or (dtype.kind == "u" and ndim == 4 and dtype != np.uint8):
-            raise DataError(f"{where}: type {dtype}; expected {'uint8 or float' if ndim == 4 else 'integers'}")
-        if len(shape) != ndim or not all(isinstance(n, int) and 0 < n < 1 << 48 for n in shape):
-            raise DataError(f"{where}: shape {shape}; expected {'N x H x W x C or N x C x H x W' if ndim == 4 else 'N'}")
-        if fortran_order and ndim > 1:
+            raise DataError(f"{where}: type {dtype}; expected {'uint8 or float' if ndim == 4 else 'integers or floats'}")
+        if len(shape) != (ndim or max(1, len(shape))) or not all(isinstance(n, int) and 0 < n < 1 << 48 for n in shape):
+            raise DataError(
+                f"{where}: shape {shape}; expected {'N x H x W x C or N x C x H x W' if ndim == 4 else 'N, or N x ...'}"
+            )
+        if fortran_order and len(shape) > 1:
             raise DataError(f"{where}: in Fortran order; save np.ascontiguousarray of it")
         rows = _rows(spec, shape[0])
         row_bytes = dtype.itemsize * math.prod(shape[1:])
@@ -329,7 +302,7 @@ def _rows(spec: DataSpec, count: int) -> range:
     return range(spec.start, stop)
 
 
-def _decode(file: Traversable) -> Image.Image:
+def _decode(file: Traversable, *, mode: Literal["RGB", "L"] = "RGB") -> Image.Image:
     opened = open_regular(file, what="an image", error=DataError) if isinstance(file, Path) else file.open("rb")
     try:
         # these formats only: others of Pillow's run programs (EPS) or are seldom tested
@@ -338,7 +311,7 @@ def _decode(file: Traversable) -> Image.Image:
                 raise DataError(f"{file}: more than 8 bits a channel (mode {image.mode}); convert it to 8 bits first")
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise DataError(f"{file}: {image.width} x {image.height} pixels, at most {MAX_IMAGE_PIXELS} in all")
-            return image.convert("RGB")
+            return image.convert(mode)
     except DataError:
         raise
     except Exception as cause:  # Pillow's decoders raise many kinds on damaged files
@@ -353,29 +326,38 @@ def _no_warnings() -> Iterator[None]:
         yield
 
 
-def _centre(width: int, height: int) -> tuple[float, float, float, float]:
-    """The largest central square, as (left, top, right, bottom)."""
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+def _centre(box: tuple[float, float, float, float], sides: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The largest central part of a box (left, top, right, bottom) that has the shape of an image of ``sides`` (H, W)."""
+    left, top, right, bottom = box
+    width, height = right - left, bottom - top
+    inner_width, inner_height = min(width, height * (sides[1] / sides[0])), min(height, width * (sides[0] / sides[1]))
+    left, top = left + (width - inner_width) / 2, top + (height - inner_height) / 2
+    return left, top, left + inner_width, top + inner_height
 
 
-def _resize(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Tensor:
-    """A square of an RGB photograph as 3 x size x size in [0, 1]."""
-    pixels = np.array(image.resize((size, size), Image.Resampling.LANCZOS, box=box))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous() / 255
+def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(H, W)."""
+    return (size, size) if isinstance(size, int) else size
 
 
-def _fit(images: Tensor, size: int | None) -> Tensor:
-    """The largest central square of images B x C x H x W, resized to ``size``; as they are if they have it already."""
+def _resize(image: Image.Image, box: tuple[float, float, float, float], size: int | tuple[int, int]) -> Tensor:
+    """The central part of a box of a photograph as C x H x W in [0, 1]; C is 3, or 1 for a grey one."""
+    height, width = _sides(size)
+    pixels = np.array(image.resize((width, height), Image.Resampling.LANCZOS, box=_centre(box, (height, width))))
+    return torch.from_numpy(pixels).view(height, width, -1).permute(2, 0, 1).contiguous() / 255
+
+
+def _fit(images: Tensor, size: int | tuple[int, int] | None) -> Tensor:
+    """The largest central part of images B x C x H x W, resized to ``size``; as they are if they have it already."""
     count, channels, height, width = images.shape
-    if size is None or (height, width) == (size, size):
+    if size is None or (height, width) == _sides(size):
         return images
-    box = _centre(width, height)
+    rows, columns = _sides(size)
+    box = _centre((0, 0, width, height), (rows, columns))
     planes = [Image.fromarray(plane) for plane in images.reshape(-1, height, width).numpy()]
-    resized = [np.array(plane.resize((size, size), Image.Resampling.LANCZOS, box=box)) for plane in planes]
+    resized = [np.array(plane.resize((columns, rows), Image.Resampling.LANCZOS, box=box)) for plane in planes]
     # Lanczos overshoots at edges
-    return torch.from_numpy(np.stack(resized)).view(count, channels, size, size).clamp(0, 1)
+    return torch.from_numpy(np.stack(resized)).view(count, channels, rows, columns).clamp(0, 1)
 
 
 def _cache() -> Path:

@@ -14,6 +14,7 @@ from gradleak import metrics
 from gradleak.errors import DataError, GradleakError
 from gradleak.matching import assign, many_to_one, squared_distances
 from gradleak.observation import Truth
+from gradleak.targets import are_classes
 
 #: An image counts as recognisable from this SSIM on. A convention that makes one sentence possible, not a finding:
 #: people recognise some images below it, and not every detail above it. Report the SSIM beside it.
@@ -76,7 +77,7 @@ def evaluate(images: Tensor, truth: Truth, *, labels: Tensor | None = None, lpip
     Args:
         images: The reconstruction, B x C x H x W, finite.
         truth: The client's batch, in [0, 1].
-        labels: B labels, the attack's for each reconstruction.
+        labels: B x ..., the labels or targets that the attack has for each reconstruction.
         lpips: Where VGG-16 comes from; see :func:`gradleak.metrics.load_lpips`.
 
     Raises:
@@ -229,6 +230,34 @@ def label_scores(recovered: Tensor, truth: Tensor, *, classes: int | None = None
     return scores
 
 
+def target_scores(
+    used: Tensor, truth: Tensor, *, classes: int | None = None, assignment: list[int] | None = None
+) -> dict[str, float]:
+    r"""How right the targets are that an attack used: :func:`label_scores` of classes, else the error of each pair of images.
+
+    Args:
+        used: B x ..., the attack's, in the order of its images.
+        truth: B x ..., the client's.
+        classes: K, where there are classes.
+        assignment: Entry i is the reconstruction that is compared with original i; None: the orders are the same.
+
+    Returns:
+        Of one class for each image the scores of :func:`label_scores`. Of classes of pixels ``accuracy``, the share that is
+        right. Of floats ``mean_absolute_error``.
+
+    Raises:
+        DataError: The targets have other shapes.
+    """
+    if are_classes(used) and are_classes(truth):
+        return label_scores(used, truth, classes=classes)
+    if used.shape != truth.shape:
+        raise DataError(f"targets have shape {tuple(used.shape)}, the truth's {tuple(truth.shape)}")
+    paired = used.cpu() if assignment is None else used.cpu()[assignment]
+    if used.is_floating_point() or truth.is_floating_point():
+        return {"mean_absolute_error": float((paired.double() - truth.cpu().double()).abs().mean())}
+    return {"accuracy": float((paired == truth.cpu()).double().mean())}
+
+
 def remark(
     mean_ssim: float | None,
     controls: Mapping[str, Mapping[str, Any]] | None = None,
@@ -270,15 +299,15 @@ def verdict(evaluation: Evaluation, *, threshold_ssim: float = RECOGNISABLE_SSIM
     scores = _ssim(evaluation)
     if not scores:
         return f"SSIM cannot be computed ({evaluation.notes['ssim']}); the mean PSNR is {_mean_psnr(evaluation)}."
-    rule = f"SSIM >= {threshold_ssim:.2f}"
+    rule = f"recognisable to a stranger under these assumptions (SSIM >= {threshold_ssim:.2f})"
     if len(scores) == 1:
         found = "is" if scores[0] >= threshold_ssim else "is not"
-        return f"The image {found} recognisable ({rule}): SSIM {scores[0]:.2f}, PSNR {_mean_psnr(evaluation)}."
+        return f"The image {found} {rule}: SSIM {scores[0]:.2f}, PSNR {_mean_psnr(evaluation)}."
     count = recognisable(evaluation, threshold_ssim=threshold_ssim)
     order = sorted(range(len(scores)), key=scores.__getitem__)
     closest, least = (f"{_name(evaluation, i)} (SSIM {scores[i]:.2f})" for i in (order[-1], order[0]))
     return (
-        f"{count} of {len(scores)} images {'is' if count == 1 else 'are'} recognisable ({rule}); "
+        f"{count} of {len(scores)} images {'is' if count == 1 else 'are'} {rule}; "
         f"the closest is {closest}, the least close {least}."
     )
 
@@ -347,7 +376,8 @@ def _summary(name: str, values: list[float | None]) -> dict[str, float | None]:
 def _label_matches(labels: Tensor, truth: Truth, order: Tensor) -> int:
     if labels.shape != truth.labels.shape:
         raise DataError(f"labels have shape {tuple(labels.shape)}, the truth's {tuple(truth.labels.shape)}")
-    return int((labels.cpu()[order] == truth.labels.cpu()).sum())
+    same = labels.cpu()[order] == truth.labels.cpu()
+    return int(same.flatten(1).all(1).sum() if same.ndim > 1 else same.sum())
 
 
 def _ssim(evaluation: Evaluation) -> list[float]:

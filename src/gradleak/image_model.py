@@ -12,21 +12,17 @@ Initial = Literal["normal", "normalised"]
 
 
 class Pixels(nn.Module):
-    r"""The images themselves as the parameter :math:`\theta`, with soft labels where they are optimised too.
-
-    :math:`G(\theta) = \theta, \quad y = \mathrm{softmax}(\lambda)`  (Zhu et al. 2019, Algorithm 1). Pixels are not bounded.
+    r"""The images themselves as the parameter: :math:`G(\theta) = \theta`  (Zhu et al. 2019). Pixels are not bounded.
 
     Args:
         batch: B, number of images.
         image_shape: (C, H, W).
-        group: Members side by side, each with B images of its own; they share the labels.
-        classes: Number of classes of the soft labels; None: no labels.
+        group: Members side by side, each with B images of its own.
         initial: First images: ``normal``, N(0, 1); ``normalised``, N(1/2, 1/4^2), which is N(0, 1) for images that were
             normalised by the mean and deviation of photographs.
 
     Attributes:
         images: The images, (group B) x C x H x W.
-        logits: Logits of the labels, B x classes, N(0, 1) at first; None without labels.
 
     Shapes:
         ``forward()`` -> (group B) x C x H x W. First values come from torch's global random state.
@@ -38,22 +34,15 @@ class Pixels(nn.Module):
         batch: int,
         image_shape: tuple[int, int, int],
         group: int = 1,
-        classes: int | None = None,
         initial: Initial = "normal",
     ) -> None:
         super().__init__()
         noise = torch.randn(group * batch, *image_shape)
         starts: dict[str, Callable[[], Tensor]] = {"normal": lambda: noise, "normalised": lambda: 0.5 + 0.25 * noise}
         self.images = nn.Parameter(starts[initial]())
-        self.logits = None if classes is None else nn.Parameter(torch.randn(batch, classes))
 
     def forward(self) -> Tensor:
         return self.images
-
-    def labels(self) -> Tensor:
-        """Soft labels, B x classes: non-negative rows that sum to 1."""
-        assert self.logits is not None, "these pixels were made without labels"
-        return self.logits.softmax(dim=1)
 
     @torch.no_grad()
     def clamp(self) -> None:

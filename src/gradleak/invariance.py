@@ -13,6 +13,7 @@ import statistics
 import torch
 from torch import Tensor
 
+from gradleak.observation import Update
 from gradleak.protocols import ClientOperator
 
 #: Photographs of a batch reach the end of the range: over random batches of 8 and 16 CIFAR-10 images this quantile of all
@@ -45,6 +46,27 @@ def gain_sensitivity(client: ClientOperator, images: Tensor, labels: Tensor, *, 
     return statistics.median(changes) / (1 - gain) if changes else 0.0
 
 
+def random_updates(client: ClientOperator, labels: Tensor, image_shape: tuple[int, int, int]) -> tuple[Update, Update]:
+    """A of two batches of random images with the same labels, the same two for the same shapes.
+
+    Args:
+        client: The operator A.
+        labels: B, those of the attack.
+        image_shape: (C, H, W).
+    """
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.rand(len(labels), *image_shape, generator=generator) for _ in range(2))
+    weight = next(iter(client.weights.values()))
+    labels = labels.to(weight.device)
+    return client(one.to(weight), labels), client(other.to(weight), labels)
+
+
+def relative_changes(first: Update, second: Update) -> dict[str, float]:
+    r""":math:`2 \, \|a_k - b_k\| \,/\, \big(\|a_k\| + \|b_k\|\big)` of each tensor, in [0, 2]; not of those that are zero."""
+    sizes = {name: float(t.norm() + second[name].norm()) for name, t in first.items()}
+    return {name: 2 * float((second[name] - first[name]).norm()) / size for name, size in sizes.items() if size > 0}
+
+
 def image_sensitivity(client: ClientOperator, labels: Tensor, image_shape: tuple[int, int, int]) -> float:
     r"""Relative change of the update from one batch of random images to another, the largest over its tensors.
 
@@ -52,21 +74,12 @@ def image_sensitivity(client: ClientOperator, labels: Tensor, image_shape: tuple
 
     Zero for an F whose activations are all dead, say: such an update tells nothing of the images.
 
-    Args:
-        client: The operator A.
-        labels: B, those of the attack.
-        image_shape: (C, H, W).
+    Args: as :func:`random_updates`.
 
     Returns:
         In [0, 2]; round-off where the update does not depend on the images.
     """
-    generator = torch.Generator().manual_seed(0)
-    one, other = (torch.rand(len(labels), *image_shape, generator=generator) for _ in range(2))
-    weight = next(iter(client.weights.values()))
-    labels = labels.to(weight.device)
-    first, second = client(one.to(weight), labels), client(other.to(weight), labels)
-    sizes = {name: float(t.norm() + second[name].norm()) for name, t in first.items()}
-    return max((2 * float((second[n] - first[n]).norm()) / size for n, size in sizes.items() if size > 0), default=0.0)
+    return max(relative_changes(*random_updates(client, labels, image_shape)).values(), default=0.0)
 
 
 def hold_gain(images: Tensor, cotangent: Tensor) -> Tensor:

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from gradleak.attacks import Attack, Problem
+from gradleak.attacks.recipe import Phase, schedule_factor
 from gradleak.checkpoint import Checkpoint, digest
 from gradleak.client import ClientOperator
 from gradleak.distance import DISTANCES
@@ -27,6 +29,7 @@ from gradleak.invariance import bright_gain, gain_sensitivity, hold_gain
 from gradleak.labels import Labels
 from gradleak.memory import fit, is_out_of_memory
 from gradleak.observation import Observation
+from gradleak.targets import FreeTargets
 from gradleak.vjp import SelfChecking, engine
 
 #: A state to fall back to is taken at most once in so many rounds: copying a large generator costs time.
@@ -34,6 +37,9 @@ RETREAT_EVERY = 10
 
 #: After a fall back the step is so much of what it was.
 SMALLER_STEP = 0.1
+
+#: Step of Adam on targets that are optimised beside an attack's images (rule ``joint``).
+TARGET_RATE = 0.05
 
 #: A best loss that is older than this share of the rounds run is reported as a plateau.
 PLATEAU = 0.25
@@ -114,6 +120,8 @@ def invert(
     dtype = torch.float64 if attack.precision == "float64" else torch.float32
     device = next(iter(client.weights.values())).device
     client, y = client.to(device, dtype), labels.values.to(device)
+    if y.is_floating_point():
+        y = y.to(dtype)
     generator = torch.Generator().manual_seed(0)
     probe = torch.rand(observation.batch, *observation.image_shape, generator=generator).to(device, dtype)
     observed = {name: observation.update[name].to(device, dtype) for name in client.weights}
@@ -221,12 +229,6 @@ def _without_loop(problem: Problem, attack: Attack, labels: Labels, images: Tens
     )
 
 
-def soft_labels(image_model: nn.Module) -> Tensor:
-    """The labels that an image model with ``joint_labels`` optimises: B x classes, rows summing to 1."""
-    labels: Callable[[], Tensor] = image_model.labels  # type: ignore[assignment]
-    return labels()
-
-
 class _NotFinite(Exception):
     """The matching loss of an evaluation is not finite."""
 
@@ -247,9 +249,16 @@ class _Loop:
         self.distance, self.engine = DISTANCES[attack.distance], engine(attack.engine)
         self.image_model = attack.image_model(problem).to(next(iter(problem.client.weights.values())))
         self.natural = attack.gain == "natural" and problem.gain_blind
-        self.phases = attack.phases(self.image_model)
+        self.targets = self._free_targets()
+        # DLG's optimiser steps both; with the rule ``joint`` the targets have one of their own
+        together = self.targets if attack.joint_labels else None
+        self.phases = attack.phases(self.image_model if together is None else nn.ModuleList([self.image_model, together]))
         self.plan = [phase for phase in self.phases for _ in range(phase.rounds)]
         self.t, self.rounds = 0, len(self.plan)
+        self.target_phase = None
+        if self.targets is not None and together is None:
+            adam = torch.optim.Adam(self.targets.parameters(), lr=TARGET_RATE)
+            self.target_phase = Phase(self.rounds, adam, LambdaLR(adam, schedule_factor(attack.schedule, self.rounds)))
         self.stopped, self.interrupted = "", ""
         self.best, self.images = _Best(), torch.empty(0)
         self.history: list[dict[str, float]] = []
@@ -281,6 +290,9 @@ class _Loop:
                 raise
             return self._use_smaller_pieces()
         phase.schedule.step()
+        if self.target_phase is not None:
+            self.target_phase.optimiser.step()
+            self.target_phase.schedule.step()
         self.attack.project(self.image_model)
         self.t += 1
         self.best.round_done(self.t)
@@ -306,9 +318,9 @@ class _Loop:
         y = self.problem.labels
         with torch.no_grad():  # the last step's result has not been looked at yet
             images = self.image_model()
-            y = soft_labels(self.image_model) if attack.joint_labels else y
+            y = y if self.targets is None else self.targets()
         for member in images.split(self.problem.batch):
-            self.best.offer(self._loss(member, y), member, y.argmax(1) if attack.joint_labels else y)
+            self.best.offer(self._loss(member, y), member, y if self.targets is None else self.targets.settled(y))
         self.best.round_done(len(self.history) + 1)
         best = self.best
         notes = attack.describe(self.problem, self.image_model)
@@ -327,7 +339,7 @@ class _Loop:
         frames = [_eight_bit(gain * x) for x in self.snapshots.values()]
         return Reconstruction(
             images=(gain * best.images).clamp(0, 1).float().cpu(),
-            labels=Labels(best.labels.cpu(), "joint" if attack.joint_labels else self.labels.rule),
+            labels=Labels(best.labels.cpu(), self.labels.rule if self.targets is None else "joint"),
             matching_loss=best.loss,
             best_round=best.round,
             rounds=max(1, len(self.history)),
@@ -351,6 +363,10 @@ class _Loop:
             "seconds": self.seconds,
             "image_model": self.image_model.state_dict(),
             "phases": [[phase.optimiser.state_dict(), phase.schedule.state_dict()] for phase in self.phases],
+            "targets": None if self.targets is None else self.targets.state_dict(),
+            "target_phase": None
+            if self.target_phase is None
+            else [self.target_phase.optimiser.state_dict(), self.target_phase.schedule.state_dict()],
             "engine": self.engine.state_dict() if isinstance(self.engine, SelfChecking) else None,
             "best": vars(self.best),
             "history": torch.tensor([[row[c] for c in columns] for row in self.history], dtype=torch.float64),
@@ -374,6 +390,12 @@ class _Loop:
             for phase, (optimiser, schedule) in zip(self.phases, state["phases"], strict=True):
                 phase.optimiser.load_state_dict(optimiser)
                 phase.schedule.load_state_dict(schedule)
+            if self.targets is not None:
+                self.targets.load_state_dict(state["targets"])
+            if self.target_phase is not None:
+                optimiser, schedule = state["target_phase"]
+                self.target_phase.optimiser.load_state_dict(optimiser)
+                self.target_phase.schedule.load_state_dict(schedule)
         except (RuntimeError, ValueError, KeyError) as fault:
             raise CheckpointError(
                 f"the checkpoint does not fit this attack's image model ({fault}); was it written by another version? "
@@ -397,7 +419,7 @@ class _Loop:
 
     def _evaluate(self, parameters: list[nn.Parameter]) -> float:
         """The matching loss at the present parameters, and the gradient of loss plus prior in their ``grad``."""
-        for p in self.image_model.parameters():
+        for p in [*self.image_model.parameters(), *([] if self.targets is None else self.targets.parameters())]:
             p.grad = None
         self.images = images = self.image_model()
         penalty = self.attack.prior(images, self.problem)
@@ -428,21 +450,29 @@ class _Loop:
     def _match(self, member: Tensor) -> tuple[float, Tensor]:
         """The matching loss of one member's images, and its cotangent with respect to them."""
         client, y = self.problem.client, self.problem.labels
-        if self.attack.joint_labels:
-            soft = soft_labels(self.image_model)
-            update, both = client.joint_vjp(member, soft, engine=self.engine)
-        else:
+        if self.targets is None:
             update, transpose = client.vjp(member, y, engine=self.engine)
+        else:
+            y = self.targets()
+            update, both = client.joint_vjp(member, y, engine=self.engine)
         loss, cotangent = self.distance(update, self.problem.observed)
         if not math.isfinite(loss):
             raise _NotFinite(loss)
-        if not self.attack.joint_labels:
-            self.best.offer(loss, member, y)
+        self.best.offer(loss, member, y if self.targets is None else self.targets.settled(y))
+        if self.targets is None:
             return loss, transpose(cotangent)
-        self.best.offer(loss, member, soft.argmax(1))
-        image_cotangent, label_cotangent = both(cotangent)
-        soft.backward(label_cotangent)
+        image_cotangent, target_cotangent = both(cotangent)
+        y.backward(target_cotangent)
         return loss, image_cotangent
+
+    def _free_targets(self) -> FreeTargets | None:
+        """Targets to be optimised with the images, where the attack is made so or the rule is ``joint``."""
+        if not self.attack.joint_labels and self.labels.rule != "joint":
+            return None
+        client, weight = self.problem.client, next(iter(self.problem.client.weights.values()))
+        with torch.no_grad():  # two images: batch norm in train mode refuses one value per channel
+            output = client.outputs(torch.zeros(2, *self.problem.image_shape).to(weight))
+        return FreeTargets(client.loss_name, (self.problem.batch, *output.shape[1:])).to(weight)
 
     def _state_to_fall_back_to(self) -> dict[str, Any]:
         """Parameters and the optimiser's state, copied."""
@@ -451,6 +481,7 @@ class _Loop:
             "round": self.t,
             "phase": self.phases.index(phase),
             "image_model": copy.deepcopy(self.image_model.state_dict()),
+            "targets": None if self.targets is None else copy.deepcopy(self.targets.state_dict()),
             "optimiser": copy.deepcopy(phase.optimiser.state_dict()),
         }
 
@@ -468,6 +499,8 @@ class _Loop:
         phase = self.plan[self.t]
         rate = phase.optimiser.param_groups[0]["lr"]
         self.image_model.load_state_dict(self.retreat["image_model"])
+        if self.targets is not None:
+            self.targets.load_state_dict(self.retreat["targets"])
         if self.phases.index(phase) == self.retreat["phase"]:
             phase.optimiser.load_state_dict(self.retreat["optimiser"])
         else:

@@ -23,17 +23,19 @@ from torch import Tensor
 from gradleak.errors import ObservationError
 from gradleak.observation import Observation
 from gradleak.protocols import ClientOperator
+from gradleak.targets import LOSSES
 
-Rule = Literal["auto", "known", "idlg", "counts", "column-minima", "rlg", "ilrg"]
+Rule = Literal["auto", "known", "joint", "idlg", "counts", "column-minima", "rlg", "ilrg"]
 
 RULES: dict[str, str] = {
     "known": "granted by the threat model",
+    "joint": "optimised together with the images, for any loss (DLG, Zhu et al. 2019)",
     "idlg": "sign of the last layer's gradient, one image (iDLG, Zhao et al. 2020)",
     "counts": "class counts from the last layer's bias (or weight) gradient, any batch, repeats allowed",
     "column-minima": "the B classes with the least weight gradients, no repeats (GradInversion, Yin et al. 2021)",
     "rlg": "classes that a hyperplane separates in the gradient's singular vectors, B < classes (RLG, Dang et al. 2021)",
     "ilrg": "class counts from probabilities of recovered class features, needs a bias (iLRG, Ma et al. 2023)",
-    "auto": "idlg for one image, counts for more",
+    "auto": "idlg for one image, counts for more; joint where the loss is not cross-entropy",
 }
 
 #: Singular values below this share of the largest one are round-off in float32.
@@ -45,7 +47,7 @@ SEPARATED = 1e-2
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels an attack uses, sorted, and the rule that gave them."""
+    """The labels or targets an attack uses, and the rule that gave them."""
 
     values: Tensor
     rule: str
@@ -65,10 +67,28 @@ def recover(rule: Rule, observation: Observation, client: ClientOperator) -> Lab
                 'use labels.rule="auto" to recover them from the update'
             )
         return Labels(observation.labels, rule)
+    other_loss = client.loss_name in LOSSES and client.loss_name != "cross-entropy"
     if rule == "auto":
-        rule = "idlg" if observation.batch == 1 else "counts"
+        rule = "joint" if other_loss else "idlg" if observation.batch == 1 else "counts"
+    if other_loss and rule != "joint":
+        raise ObservationError(
+            f"labels: the rule {rule!r} reads classes from the gradient of cross-entropy, and the client's loss is "
+            f'{client.loss_name}; use labels.rule="joint", or grant the targets (labels.rule="known")'
+        )
     values = _RECOVER[rule](observation, client)
     return Labels(values.to(next(iter(client.weights.values())).device), rule)
+
+
+def joint(observation: Observation, client: ClientOperator) -> Tensor:
+    """Targets to begin with where an attack optimises them: what F says of random images, as targets of the client's loss."""
+    weight = next(iter(client.weights.values()))
+    images = torch.rand(max(2, observation.batch), *observation.image_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        output = client.outputs(images.to(weight))[: observation.batch]
+    if client.loss_name == "cross-entropy":
+        return output.argmax(1)
+    client.check_loss(images[: observation.batch], output)  # a loss of one's own may take classes only
+    return output.sigmoid() if client.loss_name == "bce-with-logits" else output
 
 
 def idlg(observation: Observation, client: ClientOperator) -> Tensor:
@@ -286,6 +306,7 @@ def _expected_counts(layer: LastLayer, batch: int) -> Tensor:
 
 
 _RECOVER: dict[str, Callable[[Observation, ClientOperator], Tensor]] = {
+    "joint": joint,
     "idlg": idlg,
     "counts": counts,
     "column-minima": column_minima,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError
 from torch import Tensor
 
 from gradleak.errors import DataError, ObservationError, SpecError
 from gradleak.files import parse_json
 from gradleak.spec import ClientSpec, DefenceSpec, ModelSpec, describe
+from gradleak.targets import LOSSES
 from gradleak.tensors import check_state, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -24,12 +25,21 @@ Update = dict[str, Tensor]
 
 FORMAT = "gradleak-observation"
 TRUTH_FORMAT = "gradleak-truth"
-VERSION = 1
+#: Version 2 added targets other than classes, and the normalisation; files of version 1 are read.
+VERSION = 2
+READABLE = ("1", "2")
 #: Largest label: arrays of this length are made to count labels.
 MAX_LABEL = 999_999
 #: Largest sides and number of values of a batch that an update file may name.
 MAX_SIDE = 2048
 MAX_VALUES = 2**28
+
+
+class Normalisation(NamedTuple):
+    r""":math:`x \mapsto (x - \mathrm{mean}) / \mathrm{std}`, for each channel of images x in [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class Truth:
 
     Attributes:
         images: B x C x H x W, float, in [0, 1].
-        labels: B, int64.
+        labels: One class for each image, B, int64; or the targets that the loss takes (:mod:`gradleak.targets`), B x ...
         names: One name per image for people (class or photograph); may be empty.
     """
 
@@ -62,10 +72,9 @@ class Truth:
             if key not in tensors:
                 raise DataError(f"{path}: no tensor {key!r}; expected a truth file as `gradleak capture --truth` writes it")
         images, labels = tensors["images"], tensors["labels"]
-        integers = not labels.is_floating_point() and labels.dtype != torch.bool
-        if images.ndim != 4 or not images.is_floating_point() or labels.shape != images.shape[:1] or not integers:
+        if images.ndim != 4 or not images.is_floating_point() or labels.shape[:1] != images.shape[:1]:
             raise DataError(
-                f"{path}: expected float images (B, C, H, W) and integer labels (B), "
+                f"{path}: expected float images (B, C, H, W) and labels (B), or targets (B, ...); "
                 f"found {images.dtype} {tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}"
             )
         if 0 in images.shape:
@@ -78,11 +87,18 @@ class Truth:
             raise DataError(f"{path}: the names in the header must be a list of strings")
         if names and len(names) != len(images):
             raise DataError(f"{path}: {len(names)} names in the header for {len(images)} images")
-        return Truth(images.float(), labels.long(), tuple(names))
+        return Truth(images.float(), labels.float() if labels.is_floating_point() else labels.long(), tuple(names))
+
+
+class _Normalisation(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    mean: list[FiniteFloat] = Field(strict=False)
+    std: list[Annotated[FiniteFloat, Field(gt=0)]] = Field(strict=False)
 
 
 class _Header(BaseModel):
-    """The JSON object in an observation's file; files of the first release lack the last two keys."""
+    """The JSON object in an observation's file; old files lack the last keys."""
 
     model_config = ConfigDict(strict=True, protected_namespaces=())
 
@@ -92,6 +108,7 @@ class _Header(BaseModel):
     model: ModelSpec | None = Field(strict=False)
     defences: tuple[DefenceSpec, ...] = Field(default=(), strict=False)
     surrogate_data: bool = False
+    normalisation: _Normalisation | None = None
 
 
 @dataclass(frozen=True)
@@ -105,12 +122,15 @@ class Observation:
         image_shape: (C, H, W).
         batch: B.
         protocol: How the client turned images into the update.
-        labels: B, int64, in the order of the images, when the threat model grants them; else None.
+        labels: Classes, B, int64, or other targets (:mod:`gradleak.targets`), B x ..., in the order of the images, when the
+            threat model grants them; else None.
         model: The built-in model's description; None when F is the user's own code.
         defences: What the client did to protect itself; the server is told, as it is told the protocol.
         batch_statistics: Batch-norm layer -> mean and biased variance of what it is given for the client's images, when
             the threat model grants them; else None.
         surrogate_data: Whether the attacker holds data like the client's, or a generator trained on such data.
+        normalisation: What the client subtracts from images in [0, 1] and divides them by before it gives them to F, for each
+            channel; None: nothing, or F does it itself.
     """
 
     update: Update
@@ -124,6 +144,7 @@ class Observation:
     defences: tuple[DefenceSpec, ...] = ()
     batch_statistics: dict[str, tuple[Tensor, Tensor]] | None = None
     surrogate_data: bool = False
+    normalisation: Normalisation | None = None
 
     @property
     def granted(self) -> frozenset[str]:
@@ -155,6 +176,7 @@ class Observation:
             "model": None if self.model is None else self.model.model_dump(mode="json", exclude={"weights"}),
             "defences": [defence.model_dump(mode="json") for defence in self.defences],
             "surrogate_data": self.surrogate_data,
+            "normalisation": None if self.normalisation is None else self.normalisation._asdict(),
         }
         write_tensors(path, tensors, {"format": FORMAT, "version": str(VERSION), "observation": json.dumps(header)})
 
@@ -176,8 +198,10 @@ class Observation:
             raise ObservationError(
                 f"{path}: format is {metadata.get('format')!r}, expected {FORMAT!r}; write it with `gradleak capture`"
             )
-        if metadata.get("version") != str(VERSION):
-            raise ObservationError(f"{path}: version {metadata.get('version')!r}, this release reads version {VERSION}")
+        if metadata.get("version") not in READABLE:
+            raise ObservationError(
+                f"{path}: version {metadata.get('version')!r}, this release reads versions {' and '.join(READABLE)}"
+            )
         written = parse_json(metadata.get("observation", ""), where=f"{path}: the observation header", error=ObservationError)
         parts: dict[str, dict[str, Tensor]] = {"update": {}, "weights": {}, "buffers": {}, "statistics": {}}
         for key, tensor in tensors.items():
@@ -203,7 +227,7 @@ class Observation:
             protocol.sizes(batch)
         except SpecError as error:
             raise ObservationError(f"{path}: {error}") from None
-        if protocol.loss != "cross-entropy":
+        if protocol.loss not in LOSSES:
             if loss is None:
                 raise ObservationError(
                     f"{path}: the client's loss is its own ({protocol.loss!r}), and a file never says which code runs: "
@@ -216,8 +240,15 @@ class Observation:
                 "followed: name the model yourself (--model)"
             )
         labels = tensors.get("labels")
-        if labels is not None and (labels.dtype != torch.int64 or labels.shape != (batch,)):
-            raise ObservationError(f"{path}: 'labels' is {labels.dtype} {tuple(labels.shape)}, expected torch.int64 ({batch},)")
+        if labels is not None and (labels.shape[:1] != (batch,) or (labels.dtype != torch.int64 and not is_finite(labels))):
+            raise ObservationError(
+                f"{path}: 'labels' is {labels.dtype} {tuple(labels.shape)}; expected torch.int64 ({batch},), or targets "
+                f"({batch}, ...) of int64 or finite floats"
+            )
+        normalisation = header.normalisation
+        for key, values in {} if normalisation is None else {"mean": normalisation.mean, "std": normalisation.std}.items():
+            if len(values) != colours:
+                raise ObservationError(f"{path}: normalisation.{key} has {len(values)} values for {colours} channels")
         observation = Observation(
             update=parts["update"],
             weights=parts["weights"],
@@ -230,6 +261,7 @@ class Observation:
             defences=header.defences,
             batch_statistics=_statistics(path, parts["statistics"]) or None,
             surrogate_data=header.surrogate_data,
+            normalisation=None if normalisation is None else Normalisation(tuple(normalisation.mean), tuple(normalisation.std)),
         )
         check_update(observation.update, where=str(path))
         return observation
@@ -244,8 +276,19 @@ class Observation:
             check_state(self.weights, {**expected, **frozen}, where=f"{where} (weights)", error=ObservationError)
 
 
+def is_finite(targets: Tensor) -> bool:
+    """Whether targets are floats without NaN and infinity."""
+    return targets.is_floating_point() and bool(targets.isfinite().all())
+
+
 def check_labels(labels: Tensor, *, where: str) -> None:
-    """Raise :class:`~gradleak.errors.DataError` for a label that is negative, or larger than any class number there is."""
+    """Raise :class:`~gradleak.errors.DataError` for a target that is not finite, or a class that is negative or larger than any
+    class number there is.
+    """
+    if labels.is_floating_point():
+        if not is_finite(labels):
+            raise DataError(f"{where}: targets must be finite, found NaN or infinite values")
+        return
     if bool((labels < 0).any()):
         raise DataError(f"{where}: labels must not be negative, found {int(labels.min())}")
     if bool((labels.long() > MAX_LABEL).any()):

@@ -14,24 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import StochasticDepth
 
-from gradleak.errors import DataError, SpecError
+from gradleak.errors import DataError, SpecError, nearest
 from gradleak.models import import_function
 from gradleak.observation import Update
 from gradleak.spec import ClientSpec, DefenceSpec
+from gradleak.targets import LOSSES, TrainingLoss
 from gradleak.vjp import Engine, SelfChecking, Transpose, exact, second_derivative
-
-TrainingLoss = Callable[[Tensor, Tensor], Tensor]
-"""Output of F and labels to the client's training loss (a scalar, the mean over the batch)."""
 
 Mode = Literal["train", "eval"]
 Order = Literal["given", "shuffled"]
 
 JointTranspose = Callable[[Update], tuple[Tensor, Tensor]]
-"""Cotangent of the update to those of the images and of soft labels."""
+"""Cotangent of the update to those of the images and of targets that are floats, such as soft labels."""
 
 #: Layers with random masks in train mode.
 RANDOM = (
@@ -73,7 +70,7 @@ class ClientOperator:
 
     Args:
         model: F with its weights W. Parameters with ``requires_grad=False`` are not part of the update.
-        loss: L, from F's output and the labels to a scalar; or its name (:func:`training_loss`).
+        loss: L, from F's output and the targets to a scalar; or its name (:func:`training_loss`).
         mode: ``train`` or ``eval`` of the model while the client computes its gradient.
         layers: Names, or patterns of :mod:`fnmatch`, of the parameters that are sent. The others stay at W.
 
@@ -153,8 +150,31 @@ class ClientOperator:
         return output
 
     def loss(self, weights: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        """L(F(x; W), y), a scalar."""
-        return self.training_loss(self.outputs(images, weights), labels)
+        """L(F(x; W), y), a scalar; y are classes, or whatever targets the loss takes (:mod:`gradleak.targets`)."""
+        output = self.outputs(images, weights)
+        return self.training_loss(output, labels.to(output) if labels.is_floating_point() else labels)
+
+    def check_loss(self, images: Tensor, labels: Tensor) -> None:
+        """Raise :class:`~gradleak.errors.SpecError` unless L takes F's output and these targets, and gives one number.
+
+        Two images are tried.
+        """
+        weight = next(iter(self.weights.values()))
+        x, y = images[:2].to(weight), labels[:2].to(weight.device)
+        if len(x) == 1:  # batch norm in train mode refuses one value per channel
+            x, y = x.repeat(2, 1, 1, 1), y.repeat(2, *[1] * (y.ndim - 1))
+        with torch.no_grad():
+            output = self.outputs(x)
+            try:
+                value = self.training_loss(output, y.to(output) if y.is_floating_point() else y)
+            except Exception as cause:  # the user's code may raise anything
+                raise SpecError(
+                    f"client.loss: {self.loss_name} fails on two outputs {tuple(output.shape)} and targets {y.dtype} "
+                    f"{tuple(y.shape)}: {type(cause).__name__}: {cause}"
+                ) from cause
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise SpecError(f"client.loss: {self.loss_name} returns {found}, expected one number: the mean over the batch")
 
     def gradient(self, weights: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Update:
         r""":math:`\nabla_W L(F(x; W), y)`, name -> tensor."""
@@ -217,7 +237,7 @@ class ClientOperator:
         raise NotImplementedError
 
     def joint_vjp(self, images: Tensor, labels: Tensor, *, engine: Engine = exact) -> tuple[Update, JointTranspose]:
-        """A(x, y) for soft labels y (B x classes, rows summing to 1), and the transpose with respect to both (DLG).
+        """A(x, y) for targets y that are floats (:class:`gradleak.targets.FreeTargets`), and the transpose for both (DLG).
 
         Returns:
             The update, and a function from its cotangent to those of images and labels.
@@ -331,7 +351,7 @@ class FedSGD(ClientOperator):
         return engine(lambda weights, x: self.loss(weights, x, labels), self.weights, images)
 
     def _joint_vjp(self, images: Tensor, labels: Tensor, engine: Engine) -> tuple[Update, JointTranspose]:
-        sizes = [images[0].numel(), labels[0].numel()]
+        count, sizes = len(images), [images[0].numel(), labels[0].numel()]
 
         def split(packed: Tensor) -> tuple[Tensor, Tensor]:
             x, y = packed.split(sizes, dim=1)
@@ -340,7 +360,7 @@ class FedSGD(ClientOperator):
         def loss(weights: Mapping[str, Tensor], packed: Tensor) -> Tensor:
             return self.loss(weights, *split(packed))
 
-        update, transpose = engine(loss, self.weights, torch.cat([images.flatten(1), labels.flatten(1)], dim=1))
+        update, transpose = engine(loss, self.weights, torch.cat([images.reshape(count, -1), labels.reshape(count, -1)], dim=1))
         return update, lambda cotangent: split(transpose(cotangent))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> FedSGD:
@@ -623,11 +643,12 @@ class Average(Around):
 
 
 def training_loss(name: str) -> TrainingLoss:
-    """L by name: ``cross-entropy`` (mean), or one's own as ``path/to/file.py:function`` or ``package.module:function``."""
-    if name == "cross-entropy":
-        return cross_entropy
+    """L by name: of :data:`gradleak.targets.LOSSES`, or one's own as ``file.py:function`` or ``package.module:function``."""
+    if name in LOSSES:
+        return LOSSES[name]
     if ":" not in name:
-        raise SpecError(f'client.loss: unknown loss {name!r}; use "cross-entropy", file.py:function or module:function')
+        known = [*LOSSES, "path/to/file.py:function", "package.module:function"]
+        raise SpecError(f"client.loss: unknown loss {name!r}{nearest(name, known)}")
     loss: TrainingLoss = import_function(name, error=SpecError)
     return loss
 

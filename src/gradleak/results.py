@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 from torch import Tensor
 
 from gradleak.errors import DataError, GradleakError, OutputError
@@ -35,7 +35,8 @@ class _Part(BaseModel):
 
 class _Labels(_Part):
     rule: str = ""
-    values: list[int]
+    values: list[int] | None
+    shape: list[NonNegativeInt] = []
     classes: int | None = Field(default=None, ge=1, le=1_000_000)
     accuracy: _Number | None = None
 
@@ -56,6 +57,24 @@ class _Assumption(_Part):
 class _Advice(_Part):
     title: str
     text: str
+
+
+class _Layer(_Part):
+    name: str
+    module: str
+    numbers: int
+    norm_share: _Number
+    image_share: _Number
+    image_sensitivity: _Number | None = None
+    distance: _Number | None = None
+
+
+class _DefenceCost(_Part):
+    name: str
+    distortion: _Number
+    total: _Number
+    epsilon: _Number | None = None
+    delta: _Number | None = None
 
 
 class _Quality(_Part):
@@ -107,6 +126,8 @@ class _Result(_Part):
     interrupted: Literal["SIGINT", "SIGTERM"] | None = None
     image_sensitivity: _Number | None = None
     identification: _Identification | None = None
+    layers: list[_Layer] = []
+    defence_costs: list[_DefenceCost] = []
 
 
 class _Row(_Part):
@@ -124,7 +145,7 @@ class Run:
         result: Of result.json.
         history: Rows of log.jsonl.
         images: B x C x H x W.
-        labels: B, int64, those that the attack used.
+        labels: B x ..., int64 or floats, those that the attack used.
         snapshots: S x B x C x H x W, uint8; S may be 0.
         snapshot_rounds: S round numbers.
     """
@@ -154,10 +175,12 @@ def read_run(folder: Path) -> Run:
     images, labels = tensors["images"], tensors["labels"]
     if images.ndim != 4 or 0 in images.shape or not images.is_floating_point():
         raise OutputError(f"{path}: images are {images.dtype} {tuple(images.shape)}; expected float (B, C, H, W)")
-    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise OutputError(f"{path}: labels are {labels.dtype} {tuple(labels.shape)}; expected torch.int64 ({len(images)},)")
-    if len(result["labels"]["values"]) != len(images):
-        raise OutputError(f"{folder}: {len(result['labels']['values'])} labels in {RESULT} for {len(images)} images")
+    if (labels.dtype != torch.int64 and not labels.is_floating_point()) or labels.shape[:1] != images.shape[:1]:
+        raise OutputError(
+            f"{path}: labels are {labels.dtype} {tuple(labels.shape)}; expected torch.int64 or floats ({len(images)}, ...)"
+        )
+    if batch_of(result["labels"]) != len(images):
+        raise OutputError(f"{folder}: {batch_of(result['labels'])} labels in {RESULT} for {len(images)} images")
     try:
         check_labels(labels, where=str(path))
     except DataError as error:
@@ -170,6 +193,11 @@ def read_run(folder: Path) -> Run:
             f"torch.uint8 (S, {', '.join(map(str, images.shape))}) and (S,)"
         )
     return Run(result, read_history(folder), images, labels, snapshots, [int(n) for n in rounds.tolist()])
+
+
+def batch_of(labels: dict[str, Any]) -> int:
+    """B, by what result.json says of the labels: ``shape``, or ``values`` in older ones."""
+    return int(labels["shape"][0]) if labels.get("shape") else len(labels["values"] or [])
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -187,7 +215,7 @@ def read_result(folder: Path) -> dict[str, Any]:
         result = _Result.model_validate(found)
     except ValidationError as error:
         raise OutputError(f"{path}: is damaged: it is not what a run writes: {describe(error, _Result)}") from None
-    count = len(result.labels.values)
+    count = batch_of(found["labels"])
     if result.assignment and sorted(result.assignment) != list(range(count)):
         raise OutputError(f"{path}: is damaged: the assignment is not one of {count} images")
     if any(len(values) != count for values in result.per_image.values()):

@@ -31,28 +31,30 @@ from gradleak.evaluate import (
     Evaluation,
     evaluate,
     identify,
-    label_scores,
     mean_image_control,
     quality_over_rounds,
     remark,
+    target_scores,
     verdict,
 )
 from gradleak.files import write_atomically
 from gradleak.folder import CHECKPOINT, CONTROL, LOG, RECONSTRUCTION, RESULT, SPEC, check_folder, lock_folder, open_folder
-from gradleak.invariance import image_sensitivity
+from gradleak.invariance import random_updates, relative_changes
 from gradleak.invert import Reconstruction, invert, noise_update
 from gradleak.labels import recover
+from gradleak.layers import layers
 from gradleak.metrics import load_lpips
 from gradleak.observation import Observation, Truth
 from gradleak.report import ReportData, write_report
 from gradleak.results import read_result, read_run, remove_pictures
 from gradleak.spec import DefenceSpec, RunSpec, dump, flat, override, read_table
+from gradleak.targets import LOSSES, are_classes
 from gradleak.tensors import write_tensors
 from gradleak.threat import LETTERS, check_granted, letter
+from gradleak.updates import from_gradient, from_weights, load_weights, read_arrays
 
 #: Keys of a specification that change neither what is computed nor its last bit on one machine.
 INDIFFERENT = {"threads", "device", "checkpoint_seconds", "memory_limit_mb", "evaluate"}
-
 
 log = logging.getLogger(__name__)
 
@@ -140,9 +142,8 @@ def audit(
                 controls, warnings, interrupted = _controls(
                     client, recipe, spec, device, decoys=decoys, progress=progress, checkpoint=control, stop=stop
                 )
-        result = describe(
-            spec, recipe, client.observation, client.operator, reconstruction, device, simulated=True, command=command
-        )
+        known = operator(client.observation, client.model)  # what the server knows of the client, as the attack had it
+        result = describe(spec, recipe, client.observation, known, reconstruction, device, simulated=True, command=command)
         result |= {"partial": bool(interrupted), "interrupted": interrupted or None}
         result["warnings"] += [_partial(reconstruction, interrupted)] * bool(interrupted) + warnings + unread
         result |= {"controls": controls} if controls else {}
@@ -439,6 +440,11 @@ def describe(
     command: str = "",
 ) -> dict[str, Any]:
     """What result.json says of a run without its truth; ``simulated``: whether the client was."""
+    there = client.to(device)
+    there.in_pieces(reconstruction.notes.get("images_at_a_time"))
+    used = reconstruction.labels.values.to(device)
+    probes = random_updates(there, used, observation.image_shape)
+    rebuilt = there(reconstruction.images.to(next(iter(there.weights.values()))), used)
     return {
         "attack": {"name": spec.attack["name"], **dataclasses.asdict(recipe), **reconstruction.notes},
         "matching_loss": reconstruction.matching_loss,
@@ -447,11 +453,13 @@ def describe(
         "assumptions": assumptions(spec, observation, client, reconstruction, simulated=simulated),
         "labels": {
             "rule": reconstruction.labels.rule,
-            "values": reconstruction.labels.values.tolist(),
+            "values": reconstruction.labels.values.tolist() if are_classes(reconstruction.labels.values) else None,
+            "shape": list(reconstruction.labels.values.shape),
             "classes": _classes(client, observation),
             "accuracy": None,
         },
-        "image_sensitivity": image_sensitivity(client.to(device), reconstruction.labels.values, observation.image_shape),
+        "image_sensitivity": max(relative_changes(*probes).values(), default=0.0),
+        "layers": [dataclasses.asdict(layer) for layer in layers(observation.update, rebuilt, probes)],
         "cost": {
             "rounds": reconstruction.rounds,
             "seconds": round(reconstruction.seconds, 3),
@@ -471,11 +479,14 @@ def describe(
     }
 
 
-def _classes(client: ClientOperator, observation: Observation) -> int:
-    """K, the number of F's outputs."""
+def _classes(client: ClientOperator, observation: Observation) -> int | None:
+    """K, the size of dimension 1 of F's output; None where it has none, or the loss is not about classes."""
+    if client.loss_name in LOSSES and client.loss_name != "cross-entropy":
+        return None
     with torch.no_grad():
         images = torch.zeros(2, *observation.image_shape).to(next(iter(client.weights.values())))
-        return client.outputs(images).shape[-1]
+        output = client.outputs(images)
+    return output.shape[1] if output.ndim > 1 else None
 
 
 def named(defence: DefenceSpec) -> str:
@@ -494,8 +505,8 @@ def _cost_row(costs: list[Cost]) -> list[dict[str, str]]:
     return [{"name": "Cost of the defences", "value": value, "why": why}]
 
 
-def _protocol(observation: Observation) -> str:
-    """The client's protocol in words."""
+def protocol_in_words(observation: Observation) -> str:
+    """The client's protocol, sent layers and number format."""
     spec = observation.protocol
     text = {
         "fedsgd": "FedSGD: one gradient of one batch",
@@ -503,7 +514,9 @@ def _protocol(observation: Observation) -> str:
         f"{spec.learning_rate}, momentum {spec.momentum}, order {spec.order}",
         "average": f"the average of several clients' gradients, {spec.clients}",
     }[spec.protocol]
-    text += f"; sent layers: {', '.join(spec.layers)}" if spec.layers else ""
+    if spec.layers:
+        more = f" and {len(spec.layers) - 6} more" if len(spec.layers) > 8 else ""
+        text += f"; sent layers: {', '.join(spec.layers[: 6 if more else None])}{more}"
     return text + (f"; sent as {spec.transport}" if spec.transport else "")
 
 
@@ -525,26 +538,34 @@ def assumptions(
     unknowns = observation.batch * observation.image_shape[0] * observation.image_shape[1] * observation.image_shape[2]
     pruned = any(defence.name in ("prune", "soteria") for defence in observation.defences)
     equations = sum(int(m.sum()) for m in visible_mask(observation).values()) if pruned else client.parameters
-    counts = torch.bincount(reconstruction.labels.values)
+    used, rule = reconstruction.labels.values, reconstruction.labels.rule
+    one_class_each = are_classes(used)
+    counts = torch.bincount(used) if one_class_each else torch.zeros(1)
     repeats = int(counts[counts > 1].sum())
-    rule = reconstruction.labels.rule
+    noun = "labels" if one_class_each else "targets"
     kinds = sorted({type(m).__name__ for m in client.model.modules() if type(m).__module__.endswith(".activation")})
     coupled, gain = client.has_batch_statistics, reconstruction.notes["gain_check"]
     rows = [
         ("Threat model", f"{key}: {LETTERS[key]}", "letters of Carletti et al., SoK, USENIX Security 2025"),
         ("Model and weights", "known to the server", "in federated learning the server sent them"),
         (
-            "Labels",
-            "granted" if rule == "known" else f"recovered from the update, rule {rule!r}",
+            noun.capitalize(),
+            "granted"
+            if rule == "known"
+            else "optimised together with the images"
+            if rule == "joint"
+            else f"recovered from the update, rule {rule!r}",
             "the update does not depend on the order of the images"
             if observation.protocol.protocol == "fedsgd"
             else "in the order of the images, which tells their local step or client"
             if rule == "known"
             else "in no particular order, though the update depends on it: a wrong order costs quality",
         ),
-        ("Repeated labels", f"{repeats} of {observation.batch} images share a class with another", "they mix with each other"),
+        ("Repeated labels", f"{repeats} of {observation.batch} images share a class with another", "they mix with each other")
+        if one_class_each
+        else ("Shape of the targets", " x ".join(map(str, used.shape)), "the first is the batch"),
         ("Batch size", str(observation.batch), "known to the server"),
-        ("Client", _protocol(observation), f"loss: {observation.protocol.loss}"),
+        ("Client", protocol_in_words(observation), f"loss: {observation.protocol.loss}"),
         (
             "Mode",
             observation.protocol.mode,
@@ -627,7 +648,8 @@ def advice(observation: Observation, client: ClientOperator) -> list[dict[str, s
         rows.append(
             (
                 "Do not count on hidden labels",
-                "This run granted them. They can usually be recovered from the last layer's gradient: try labels.rule=auto.",
+                "This run granted them. They can usually be recovered from the last layer's gradient, or optimised with the "
+                "images: try labels.rule=auto.",
             )
         )
     return [{"title": title, "text": text} for title, text in rows]
@@ -709,7 +731,9 @@ def _finish(
         evaluation = evaluate(images, truth, labels=labels, lpips=lpips)
         result |= scores(evaluation)
         result["identification"] = dataclasses.asdict(identify(images, truth, decoys=decoys))
-        result["labels"] |= label_scores(labels, truth.labels, classes=result["labels"].get("classes"))
+        result["labels"] |= target_scores(
+            labels, truth.labels, classes=result["labels"].get("classes"), assignment=evaluation.assignment
+        )
         if frames is not None:
             quality = {"round": list(snapshot_rounds), **quality_over_rounds(frames, truth)}
             result["quality"] = quality
@@ -760,9 +784,53 @@ def spec_for(observation: Observation, *, model: str | None, overrides: list[str
             f"{where}: it does not say which model it came from; name it with --model, for example --model models.py:build"
         )
     if model is not None:
-        described = {**(described if described.get("name") == model else {}), "name": model}
+        declared = {} if observation.normalisation is None else observation.normalisation._asdict()
+        described = {**(described if described.get("name") == model else declared), "name": model}
     rule = "known" if observation.labels is not None else "auto"
     return override({"model": described, "labels": {"rule": rule}}, overrides)
+
+
+def convert(
+    spec: RunSpec,
+    *,
+    gradient: Path | None,
+    before: Path | None,
+    after: Path | None,
+    batch: int,
+    image_shape: tuple[int, int, int],
+    labels: Tensor | None,
+) -> Observation:
+    """An observation of arrays in files (:func:`gradleak.updates.read_arrays`): a gradient, or weights before and after.
+
+    Args:
+        spec: ``model``, ``client``, ``defence`` and ``threat.surrogate_data`` are used.
+        gradient: The gradient; then ``before`` are the weights at which it was taken.
+        before: W; None: the model's own.
+        after: The client's weights after its training, in place of ``gradient``.
+        batch: B.
+        image_shape: (C, H, W).
+        labels: Classes or targets; None: not known to the server.
+
+    Raises:
+        ObservationError: A file is no file of arrays, or does not fit the model.
+    """
+    model = models.build(spec.model, image_shape=image_shape)
+    shared: dict[str, Any] = {"batch": batch, "image_shape": image_shape, "client": spec.client, "labels": labels}
+    # the transport's number format has been applied to what is in the file
+    shared |= {"mean": spec.model.mean, "std": spec.model.std, "defences": spec.defence}
+    try:
+        if gradient is not None:
+            if before is not None:
+                load_weights(model, read_arrays(before), where=str(before))
+            observation = from_gradient(read_arrays(gradient), model, **shared)
+        else:
+            assert after is not None
+            old = None if before is None else read_arrays(before)
+            observation = from_weights(old, read_arrays(after), model, **shared)
+    except ObservationError as error:
+        raise ObservationError(f"{gradient or after}: {error}") from None
+    described = None if ":" in spec.model.name else spec.model
+    return dataclasses.replace(observation, model=described, surrogate_data=spec.threat.surrogate_data)
 
 
 def prepare_file(path: Path, *, force: bool = False) -> None:

@@ -27,6 +27,7 @@ MAX_KEY_PARTS = 50
 MAX_FAULTS = 20
 
 Count = Annotated[int, Field(ge=1)]
+Pixels = Annotated[int, Field(ge=8, le=1024)]
 
 
 class _Table(BaseModel):
@@ -39,7 +40,10 @@ class DataSpec(_Table):
     source: str = Field(default="sample", description="sample | cifar10 | cifar100 | folder:PATH | npz:PATH")
     batch: int = Field(default=8, ge=1, description="B, number of images")
     start: int = Field(default=0, ge=0, description="index of the first image")
-    size: int | None = Field(default=None, ge=8, le=1024, description="pixels; images are centre-cropped and resized to it")
+    size: Pixels | tuple[Pixels, Pixels] | None = Field(
+        default=None, description="pixels, or [height, width]; images are centre-cropped to that shape and resized"
+    )
+    channels: Literal[1, 3] = Field(default=3, description="folder: 3 for colour, 1 for grey images")
     root: Path | None = Field(default=None, description="where cifar10/cifar100 lie (default: the user's cache folder)")
     download: bool = Field(default=False, description="allow torchvision to download cifar10/cifar100")
 
@@ -92,7 +96,9 @@ class ClientSpec(_Table):
         description="fedsgd: one gradient; fedavg: local epochs; average: secure aggregation of several clients",
     )
     mode: Literal["train", "eval"] = Field(default="train", description="batch norm: train uses the batch's own statistics")
-    loss: str = Field(default="cross-entropy", description="mean cross-entropy, or file.py:function / module:function")
+    loss: str = Field(
+        default="cross-entropy", description="cross-entropy | bce-with-logits | mse | file.py:function | module:function"
+    )
     epochs: int | None = Field(default=None, ge=1, le=1000, description="fedavg: passes over the client's images (1)")
     local_batch: int | None = Field(default=None, ge=1, description="fedavg: images in a local step (default: all)")
     learning_rate: float | None = Field(default=None, gt=0, description="fedavg: the client's learning rate; needed")
@@ -182,10 +188,11 @@ class ThreatSpec(_Table):
 class LabelSpec(_Table):
     """How the attack gets the labels."""
 
-    rule: Literal["auto", "known", "idlg", "counts", "column-minima", "rlg", "ilrg"] = Field(
+    rule: Literal["auto", "known", "joint", "idlg", "counts", "column-minima", "rlg", "ilrg"] = Field(
         default="known",
-        description="known: granted; idlg: B = 1; counts, ilrg: batches, with repeats; column-minima: no repeats; "
-        "rlg: B < classes; auto: idlg or counts by B",
+        description="known: granted; joint: optimised with the images, any loss; idlg: B = 1; counts, ilrg: batches, with "
+        "repeats; column-minima: no repeats; rlg: B < classes; auto: idlg or counts by B, joint for other losses than "
+        "cross-entropy",
     )
 
 

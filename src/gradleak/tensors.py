@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,49 @@ def read_tensors(path: Path, *, error: type[GradleakError] = ObservationError) -
             return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError) as cause:
         raise error(f"{path}: not a readable safetensors file: {cause}. Was it truncated on its way?") from None
+
+
+def read_checkpoint(path: Path, *, error: type[GradleakError] = ObservationError) -> dict[str, Tensor]:
+    """The tensors of a file that ``torch.save`` wrote of a state_dict, or of a dict with one in it; on the CPU.
+
+    Read by torch's restricted unpickler (``weights_only=True``), which builds tensors and plain containers and calls nothing
+    else. A file with anything else in it is refused.
+
+    Args:
+        path: The file.
+        error: Class of the error.
+
+    Raises:
+        GradleakError: Of class ``error``; says what was found, and how to save weights instead.
+    """
+    mend = "save the weights alone: torch.save(model.state_dict(), path), or better as safetensors"
+    with open_regular(path, what="a file of torch.save", error=error) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > machine_memory():
+            raise error(f"{path}: has {size} bytes, this machine has {machine_memory()} bytes of memory")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as cause:  # the zip format, the unpickler and torch raise many kinds
+            first = str(cause).strip().partition("\n")[0]
+            raise error(f"{path}: is no file of plain tensors ({type(cause).__name__}: {first}); {mend}") from None
+    while isinstance(found, Mapping) and not any(isinstance(t, Tensor) for t in found.values()):
+        inner = next(
+            (found[key] for key in ("state_dict", "model_state_dict", "model", "net", "weights") if key in found), None
+        )
+        if inner is None:
+            break
+        found = inner
+    tensors = {str(k): t for k, t in found.items() if isinstance(t, Tensor)} if isinstance(found, Mapping) else {}
+    if not tensors:
+        raise error(f"{path}: holds {type(found).__name__}, expected a state_dict: names and tensors; {mend}")
+    # a view can be far larger than what is stored of it
+    if any(t.layout != torch.strided or t.is_quantized for t in tensors.values()) or size < sum(
+        {t.untyped_storage().data_ptr(): t.numel() * t.element_size() for t in tensors.values()}.values()
+    ):
+        raise error(f"{path}: has tensors that are sparse, quantised, or larger than the file; {mend}")
+    return {name: t.detach().clone() for name, t in tensors.items()}
 
 
 def read_metadata(path: Path, *, error: type[GradleakError]) -> dict[str, str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
@@ -44,7 +43,6 @@ class IDLGAttack(Attack):
             batch=problem.batch,
             image_shape=problem.image_shape,
             group=self.group,
-            classes=_classes(problem) if self.joint_labels else None,
             initial=self.initial,
         )
 
@@ -55,13 +53,6 @@ class DLGAttack(IDLGAttack):
 
     needs: ClassVar[str] = "the update alone: it fits the labels too"
     joint_labels: ClassVar[bool] = True
-
-
-def _classes(problem: Problem) -> int:
-    """Number of classes of F's output."""
-    weight = next(iter(problem.client.weights.values()))
-    with torch.no_grad():  # two images: batch norm in train mode refuses one value per channel
-        return problem.client.outputs(torch.zeros(2, *problem.image_shape).to(weight)).shape[-1]
 
 
 PRESETS: dict[str, tuple[Attack, str]] = {

@@ -75,7 +75,8 @@ class Attack:
 
     Attributes:
         needs: What the attack must have, for `gradleak list`.
-        joint_labels: Whether the labels are optimised together with the images.
+        joint_labels: Whether the targets are optimised together with the images, by the same optimiser, whatever rule gave
+            labels (:class:`gradleak.targets.FreeTargets`).
         rounds: T, number of steps.
         distance: ``cosine`` (Eq. 3) or ``squared-l2`` (Eq. 2).
         optimiser: ``adam``, ``sgd`` (plain descent) or ``lbfgs`` (a round is one call: up to twenty evaluations).
@@ -119,10 +120,7 @@ class Attack:
         return None
 
     def image_model(self, problem: Problem) -> nn.Module:
-        """A module whose ``forward()`` gives the images, (group B) x C x H x W, from trainable parameters.
-
-        Where ``joint_labels`` holds, it also has a method ``labels()``: B x classes, non-negative, rows summing to 1.
-        """
+        """A module whose ``forward()`` gives the images, (group B) x C x H x W, from trainable parameters."""
         raise NotImplementedError
 
     def prior(self, images: Tensor, problem: Problem) -> Tensor | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,10 +22,11 @@ from torch.overrides import TorchFunctionMode
 from gradleak.errors import GradleakError, ModelError, closest, nearest
 from gradleak.files import machine_memory
 from gradleak.models.cifar import NETWORKS, ImageShape
+from gradleak.observation import Normalisation
 from gradleak.spec import ModelSpec
 from gradleak.tensors import check_state, read_tensors
 
-__all__ = ["available", "build", "described", "import_function"]
+__all__ = ["available", "build", "described", "import_function", "normalisation", "normalised"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
@@ -77,7 +79,7 @@ def build(spec: ModelSpec, *, image_shape: ImageShape) -> nn.Module:
         image_shape: (C, H, W) of the images that F takes, in [0, 1].
 
     Returns:
-        A module that maps B x C x H x W to logits B x num_classes.
+        A module that maps B x C x H x W to B x ..., logits B x num_classes for a classifier.
 
     Raises:
         ModelError: The name is unknown, the user's code fails, an activation cannot be replaced, the weights do not
@@ -101,7 +103,7 @@ def build(spec: ModelSpec, *, image_shape: ImageShape) -> nn.Module:
                 setattr(module, "inplace", False)  # noqa: B010 (nn.Module's attributes are typed as tensors)
         if spec.mean is not None or spec.std is not None:
             mean, std = spec.mean or [0.0] * channels, spec.std or [1.0] * channels
-            model.register_forward_pre_hook(_Normalise(tuple(mean), tuple(std)), prepend=True)
+            _normalise(model, Normalisation(tuple(mean), tuple(std)))
         _probe(model, spec, image_shape)
     if spec.weights is not None:
         _load_weights(model, spec.weights)
@@ -136,18 +138,48 @@ def import_function(where: str, *, error: type[GradleakError] = ModelError) -> C
     return function
 
 
+def normalised(model: nn.Module, *, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
+    r"""A copy of F for images in [0, 1] where F takes normalised ones: :math:`x \mapsto F((x - \mathrm{mean}) / \mathrm{std})`.
+
+    Parameters keep their names.
+
+    Args:
+        model: F.
+        mean, std: One number for each channel.
+
+    Raises:
+        ModelError: A deviation is not positive, there are not as many of one as of the other, or F is normalised already.
+    """
+    if len(mean) != len(std) or any(s <= 0 for s in std):
+        raise ModelError(f"normalisation: mean {list(mean)} and std {list(std)}; expected one positive std for each mean")
+    if normalisation(model) is not None:
+        raise ModelError("normalisation: this model normalises its images already; declare mean and std once")
+    model = copy.deepcopy(model)
+    _normalise(model, Normalisation(tuple(map(float, mean)), tuple(map(float, std))))
+    return model
+
+
+def normalisation(model: nn.Module) -> Normalisation | None:
+    """What :func:`normalised` or :func:`build` made F subtract and divide by; None: nothing."""
+    hooks = model._forward_pre_hooks.values()
+    return next((hook.constants for hook in hooks if isinstance(hook, _Normalise)), None)
+
+
 @dataclass(frozen=True)
 class _Normalise:
     """Forward pre-hook ``x -> (x - mean) / std`` per channel; holds numbers, so it follows any device and copy."""
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    constants: Normalisation
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         images, *rest = inputs
-        mean = images.new_tensor(self.mean)[:, None, None]
-        std = images.new_tensor(self.std)[:, None, None]
+        mean = images.new_tensor(self.constants.mean)[:, None, None]
+        std = images.new_tensor(self.constants.std)[:, None, None]
         return ((images - mean) / std, *rest)
+
+
+def _normalise(model: nn.Module, constants: Normalisation) -> None:
+    model.register_forward_pre_hook(_Normalise(constants), prepend=True)
 
 
 def _construct(spec: ModelSpec, image_shape: ImageShape) -> nn.Module:
@@ -273,20 +305,28 @@ class _FunctionNames(TorchFunctionMode):
 
 
 def _probe(model: nn.Module, spec: ModelSpec, image_shape: ImageShape) -> None:
-    """Run two random images through the model: it must take them, and give logits."""
+    """Run two random images through the model: it must take them, and give a tensor for each."""
     size = "x".join(map(str, image_shape))
     calls = _FunctionNames()
     try:
         with torch.no_grad(), calls:
-            logits = model.eval()(torch.rand(2, *image_shape))
+            output = model.eval()(torch.rand(2, *image_shape))
     except Exception as cause:  # the user's code may raise anything
         raise ModelError(f"{spec.name} does not take images of {size}: {type(cause).__name__}: {cause}") from cause
-    expected = f"(2, {spec.num_classes or 'num_classes'})"
-    if not isinstance(logits, Tensor):
-        raise ModelError(f"{spec.name} returns {type(logits).__name__}, expected logits: a tensor of shape {expected}")
-    if logits.ndim != 2 or len(logits) != 2 or logits.shape[1] != (spec.num_classes or logits.shape[1]):
+    if not isinstance(output, Tensor):
         raise ModelError(
-            f"{spec.name} gives a tensor of shape {tuple(logits.shape)} for two images of {size}, expected {expected}"
+            f"{spec.name} returns {type(output).__name__}, expected a tensor whose first dimension is the batch, such as "
+            "logits; wrap it in a module that returns the tensor that the loss takes"
+        )
+    if output.ndim == 0 or len(output) != 2 or not output.is_floating_point():
+        raise ModelError(
+            f"{spec.name} gives {output.dtype} of shape {tuple(output.shape)} for two images of {size}, expected floats whose "
+            "first dimension is the batch: (2, num_classes) for a classifier"
+        )
+    if spec.num_classes is not None and output.shape[1:2] != (spec.num_classes,):
+        raise ModelError(
+            f"{spec.name} gives a tensor of shape {tuple(output.shape)} for two images of {size}, expected "
+            f"(2, {spec.num_classes}{', ...' * (output.ndim > 2)})"
         )
     remaining = calls.seen & _RECTIFIERS - {spec.activation}
     if spec.activation != "model" and remaining:

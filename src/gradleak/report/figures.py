@@ -63,6 +63,13 @@ def png_data_uri(image: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
+def webp_data_uri(image: Image.Image) -> str:
+    """``data:image/webp;base64,...`` of an image, compressed with loss: about a tenth of a PNG of the same photograph."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="WEBP", quality=80, method=4)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
 def grid_png(path: Path, truth: Tensor | None, reconstruction: Tensor, *, captions: Sequence[str] = ()) -> None:
     """A PNG with rows of true images above rows of their reconstructions (as in CI-Net, Fig. 10).
 
@@ -331,7 +338,7 @@ def _inline(svg: str, label: str, *, over: str = "rounds") -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
-    prefix = re.sub(r"\W+", "-", label.lower())
+    prefix = re.sub(r"\W+", "-", f"{label} {over}".lower())
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
     for drawn, variable in _PAGE_COLOURS.items():
         svg = svg.replace(drawn, variable)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import hashlib
 import math
 from dataclasses import dataclass
 from importlib import resources
@@ -14,15 +17,25 @@ from markupsafe import Markup
 from torch import Tensor
 
 from gradleak.errors import printable
+from gradleak.evaluate import remark
 from gradleak.files import write_atomically
+from gradleak.layers import Layer, in_words, modules
 from gradleak.observation import Truth
-from gradleak.report.figures import curve_svg, grid_png, picture, png_data_uri
+from gradleak.report.figures import curve_svg, grid_png, picture, png_data_uri, webp_data_uri
+from gradleak.targets import are_classes
 
-MAX_PIXELS = 8_000_000
+#: Values of all pictures of the gallery together up to which they are shown without loss, and at all.
+LOSSLESS_PIXELS = 600_000
+MAX_PIXELS = 6_000_000
+MAX_LONGEST = 512
 MAX_PICTURES = 256
 OPEN_PICTURES = 30
+OPEN_LAYERS = 8
 STRIPS = 4
 FRAMES = 8
+
+
+_LAYER = tuple(field.name for field in dataclasses.fields(Layer))
 
 
 @dataclass(frozen=True)
@@ -84,37 +97,109 @@ class _Picture:
 
 def render(data: ReportData) -> str:
     """The report as HTML text: the same text for the same data, everything in it, all foreign text escaped."""
-    pictures = _best_first(data)
+    pictures, result = _best_first(data), data.result
     measured = _measured(pictures)
     if data.images is None:
         shape, height, width, shown = "", 0, 0, []
     else:
         shape, (height, width) = "×".join(str(n) for n in data.images.shape[1:]), data.images.shape[-2:]
-        shown = pictures[: max(4, min(MAX_PICTURES, MAX_PIXELS // (height * width)))]
-    return (
-        environment()
-        .get_template("template.html")
-        .render(
-            result=data.result,
-            redacted=data.images is None,
-            has_truth=data.scored,
-            shape=shape,
-            pictures=pictures,
-            shown=shown,
-            opened=OPEN_PICTURES,
-            small=max(height, width) <= 128,
-            width=width,
-            height=height,
-            measured=measured,
-            tiles=_tiles(data, measured),
-            strips=_strips(data, pictures) if data.snapshots is not None and data.images is not None else [],
-            curves=_curves(data),
-            comparison=_comparison(data.result, measured) if data.scored else [],
-            run=_run(data.result),
-            settings=_flat(data.result.get("attack") or {}),
-            versions=_flat(data.result.get("versions") or {}),
-        )
+        shown = pictures[:MAX_PICTURES]
+    pixels = 2 * len(shown) * height * width
+    scale = min(1.0, math.sqrt(MAX_PIXELS / pixels)) if pixels else 1.0
+    verdict, verdict_rest, doubt = _verdict(result)
+    found = result.get("identification") or {}
+    ranks = (found.get("ranks") or {}).get("mse") if data.scored and measured else None
+    layers = [Layer(**{field: row.get(field) for field in _LAYER}) for row in result.get("layers") or []]
+    values = {
+        "result": result,
+        "redacted": data.images is None,
+        "private": data.images is not None,
+        "has_truth": data.scored,
+        "verdict": verdict,
+        "verdict_rest": verdict_rest,
+        "given": _given(result),
+        "warnings": [doubt] * bool(doubt) + list(result.get("warnings") or []),
+        "shape": shape,
+        "pictures": pictures,
+        "shown": shown,
+        "opened": OPEN_PICTURES,
+        "small": max(height, width) <= 128,
+        "width": width,
+        "height": height,
+        "longest": min(MAX_LONGEST, max(32, int(scale * max(height, width)))),
+        "lossless": pixels <= LOSSLESS_PIXELS,
+        "lossless_frames": max(height, width) <= 64,
+        "measured": measured,
+        "ranks": ranks,
+        "candidates": found["candidates"] if ranks and found["candidates"] > 1 else None,
+        "tiles": _tiles(data, measured),
+        "strips": _strips(data, pictures) if data.snapshots is not None and data.images is not None else [],
+        "curves": _curves(data),
+        "layers": layers,
+        "layers_say": in_words(layers),
+        "layers_opened": OPEN_LAYERS,
+        "modules": modules(layers),
+        "comparison": _comparison(result, measured) if data.scored else [],
+        "run": _run(result),
+        "repeat": repeat_lines(result),
+        "settings": _flat(result.get("attack") or {}),
+        "versions": _flat(result.get("versions") or {}),
+    }
+    return environment().get_template("template.html").render(values, sections=_sections(values))
+
+
+def _sections(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """Identifier and name of each section that the page has, in its order."""
+    result = values["result"]
+    rows = (
+        ("pictures", "Pictures", not values["redacted"]),
+        ("table", "Every image", values["measured"]),
+        ("rounds", "Rounds", values["strips"] or values["curves"]),
+        ("layers", "Layers", values["modules"]),
+        ("defences", "Defences", result.get("defence_costs")),
+        ("assumptions", "Assumptions", result.get("assumptions")),
+        ("controls", "Controls" if result.get("controls") else "Other scores", values["comparison"]),
+        ("advice", "What to change", result.get("advice")),
+        ("repeat", "How to repeat", values["repeat"] or values["run"] or values["settings"] or values["versions"]),
     )
+    return [(key, name) for key, name, there in rows if there]
+
+
+def _verdict(result: dict[str, Any]) -> tuple[str, str, str]:
+    """The verdict's first sentence, what follows it, and the doubt in it (:func:`gradleak.evaluate.remark`)."""
+    text = str(result.get("verdict") or "")
+    mean_ssim = ((result.get("metrics") or {}).get("ssim") or {}).get("mean")
+    doubt = remark(mean_ssim, result.get("controls"), image_sensitivity=result.get("image_sensitivity"))
+    doubt = doubt if doubt in text else ""
+    first, separator, rest = (text.replace(doubt, "") if doubt else text).partition("; the closest is ")
+    return (f"{first}.", f"The closest is {rest.strip()}", doubt) if separator else (first.strip(), "", doubt)
+
+
+def _given(result: dict[str, Any]) -> str:
+    """The assumptions that decide most, in a few words; ``""`` where none were recorded."""
+    rows = {row["name"]: str(row["value"]) for row in result.get("assumptions") or []}
+    words = (
+        ("Threat model", lambda value: f"threat model {value.partition(':')[0]}"),
+        ("Labels", lambda value: f"labels {value}"),
+        ("Client", str),
+        ("Batch size", lambda value: f"batch size {value}"),
+        ("Mode", lambda value: f"{value} mode"),
+        ("Activations of F", lambda value: f"activations {value}"),
+        ("Defences", lambda value: "no defence" if value == "none" else f"defences {value}"),
+    )
+    return " · ".join(phrase(rows[name]) for name, phrase in words if name in rows)
+
+
+def repeat_lines(result: dict[str, Any]) -> list[str]:
+    """What is copied to repeat a run: the command, then seed, device and versions as comments of a shell."""
+    if not result.get("command"):
+        return []
+    where = {"seed": result.get("seed"), "device": result.get("device"), "threads": result.get("threads")}
+    lines = [
+        ", ".join(f"{name} {value}" for name, value in each.items() if value is not None)
+        for each in (where, result.get("versions") or {})
+    ]
+    return [_one_line(str(result["command"]), most=4000), *(f"# {_one_line(line)}" for line in lines if line)]
 
 
 def write_report(folder: Path, data: ReportData) -> None:
@@ -138,7 +223,8 @@ def write_report(folder: Path, data: ReportData) -> None:
 def _assignment(data: ReportData) -> list[int]:
     """Index of the reconstruction of every true image; without truth every reconstruction stands for itself."""
     if data.images is None:
-        return list(range(len(data.result["labels"]["values"])))
+        labels = data.result["labels"]
+        return list(range(labels["shape"][0] if labels.get("shape") else len(labels["values"])))
     if data.truth is None:
         return list(range(len(data.images)))
     return data.result.get("assignment") or list(range(len(data.truth.images)))
@@ -156,7 +242,7 @@ def _best_first(data: ReportData) -> list[_Picture]:
             pictures.append(_Picture(i, f"image {i}", None, None, data.images[j], values))
         else:
             name = _one_line(data.truth.names[i]) if i < len(data.truth.names) else f"image {i}"
-            label = int(data.truth.labels[i])
+            label = int(data.truth.labels[i]) if are_classes(data.truth.labels) else None
             pictures.append(_Picture(i, name, label, data.truth.images[i], data.images[j], values))
     if measured := _measured(pictures):
         pictures.sort(key=lambda p: (p.values[measured[0].key] is None, -(p.values[measured[0].key] or 0.0)))
@@ -172,12 +258,11 @@ def _tiles(data: ReportData, measured: list[_Metric]) -> list[dict[str, str]]:
     """The key figures: name, value, and what the value means."""
     result, tiles = data.result, []
     if data.scored:
-        metrics, notes = result.get("metrics") or {}, result.get("notes") or {}
+        metrics = result.get("metrics") or {}
         for m in _METRICS:
             row = metrics.get(m.key) or {}
-            if m.key != "fsim" and (m in measured or m.key in notes):
-                note = m.better if m in measured else "not computed: see the notes below"
-                tiles.append({"name": f"mean {m.name}", "value": _number(row.get("mean"), m.digits, m.unit), "note": note})
+            if m.key != "fsim" and m in measured:
+                tiles.append({"name": f"mean {m.name}", "value": _number(row.get("mean"), m.digits, m.unit), "note": m.better})
         worst = (metrics.get("ssim") or {}).get("worst")
         if _known(worst) is not None:
             tiles.append({"name": "worst SSIM", "value": _number(worst, 3), "note": "of all images"})
@@ -292,6 +377,10 @@ def _share(value: float | None) -> str | None:
     return None if value is None else f"{100 * value:.4g} %"
 
 
+def _percent(value: float) -> str:
+    return "0 %" if value == 0 else "< 0.01 %" if value < 1e-4 else f"{100 * value:.2g} %" if value < 0.995 else "100 %"
+
+
 def _flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for key, value in table.items():
@@ -307,9 +396,9 @@ def _known(value: Any) -> float | None:
     return None if value is None or math.isnan(value) else float(value)
 
 
-def _one_line(text: str) -> str:
+def _one_line(text: str, *, most: int = 400) -> str:
     """Printable, without line breaks, and without the lone surrogates of file names that are not UTF-8."""
-    return " ".join(printable(text.encode("utf-8", "replace").decode(), most=400).split())
+    return " ".join(printable(text.encode("utf-8", "replace").decode(), most=most).split())
 
 
 def _number(value: Any, digits: int, unit: str = "") -> str:
@@ -333,17 +422,38 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
 
 
+def _small(value: Any) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
 def _finalised(value: Any) -> Any:
     """Foreign text has no control characters on the page; Jinja escapes its markup after this."""
     return printable(value, most=len(value)) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
+def _uri(image: Tensor, longest: int = MAX_LONGEST, lossless: bool = True) -> str:
+    shown = picture(image, longest=longest)
+    return png_data_uri(shown) if lossless else webp_data_uri(shown)
+
+
 def environment() -> Environment:
-    """The templates beside this file, with everything that they show escaped; filters ``number``, ``plain``, ``uri``."""
-    files = FunctionLoader(lambda name: resources.files(__package__).joinpath(name).read_text("utf-8"))
+    """The templates beside this file, with everything that they show escaped, and the filters that they use.
+
+    The one script is allowed by its digest: text that came into the page as markup, whatever escaped the escaping, would
+    not run.
+    """
+    here = resources.files(__package__)
+    files = FunctionLoader(lambda name: here.joinpath(name).read_text("utf-8"))
     templates = Environment(loader=files, autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_finalised)
-    templates.filters["number"] = _number
-    templates.filters["plain"] = _plain
-    templates.filters["duration"] = _duration
-    templates.filters["uri"] = lambda image, longest=512: png_data_uri(picture(image, longest=longest))
+    templates.filters |= {
+        "number": _number,
+        "plain": _plain,
+        "small": _small,
+        "share": _percent,
+        "duration": _duration,
+        "uri": _uri,
+    }
+    script = here.joinpath("script.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    templates.globals |= {"script": Markup(script), "script_hash": Markup(f"'sha256-{digest}'"), "newline": Markup("\n")}
     return templates

@@ -10,12 +10,20 @@ from torch import Tensor
 
 from gradleak.evaluate import RECOGNISABLE_SSIM
 from gradleak.report.figures import MARKERS, Line, lines_svg
-from gradleak.report.html import environment
+from gradleak.report.html import environment, repeat_lines
 
 #: What matrix.json calls the defence of a client that has none.
 NO_DEFENCE = "none"
 THUMBNAILS = 4
 _COLOURS = 8
+_COSTS = (
+    (
+        "distortion",
+        "relative distortion of the update",
+        "over the distortion: a defence is good where its curve falls far to the left",
+    ),
+    ("epsilon", "epsilon of DP-SGD", "over epsilon: from strong privacy on the left to weak on the right"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,40 +53,57 @@ def render_matrix(data: MatrixData) -> str:
     measured = [row for row in matrix["rows"] if row["ssim_mean"] is not None]
     colours = {attack: f"var(--series-{i % _COLOURS})" for i, attack in enumerate({row["attack"]: 0 for row in measured})}
     kinds = list({row["kind"]: 0 for row in measured if row["distortion"]})
-    lines = [
-        Line(points, colour, kinds.index(kind))
-        for attack, colour in colours.items()
-        for kind in kinds
-        if len(points := _points(measured, attack, kind)) > 1
-    ]
-    svg = lines_svg(lines, label="Mean SSIM", right="relative distortion of the update")
-    size = max(matrix["image_shape"][-2:])
+    plots = []
+    for key, right, note in _COSTS:
+        lines = [
+            Line(points, colour, kinds.index(kind))
+            for attack, colour in colours.items()
+            for kind in kinds
+            if len(points := _points(measured, attack, kind, key)) > 1
+        ]
+        # Markup: our own strokes and numbers, no text of the user's is in it
+        if svg := lines_svg(lines, label="Mean SSIM", right=right):
+            plots.append((note, Markup(svg)))
+    height, width = matrix["image_shape"][-2:]
+    has_pictures = bool(data.thumbnails) and data.originals is not None
+    columns = ["distortion", "SSIM", "worst", "PSNR dB", "recognisable", "identified", "rounds", "time"]
+    if any(row["epsilon"] is not None for row in matrix["rows"]):
+        columns.insert(1, "epsilon")
+    sections = [("matrix", "Matrix"), ("cost", "Leak against cost"), ("numbers", "Numbers"), ("repeat", "How to repeat")]
     return (
         environment()
         .get_template("matrix.html")
         .render(
             matrix=matrix,
+            sections=[(key, name) for key, name in sections if key != "cost" or plots],
             cells=by_pair,
             costs=costs,
+            columns=columns,
             verdict=verdict(matrix),
             shape="×".join(str(n) for n in matrix["image_shape"]),
             images=matrix["images"],
-            originals=list(data.originals[:THUMBNAILS]) if data.thumbnails and data.originals is not None else [],
+            width=width,
+            height=height,
+            private=has_pictures,
+            lossless=max(height, width) <= 64,
+            originals=list(data.originals[:THUMBNAILS]) if has_pictures and data.originals is not None else [],
             thumbnails={folder: list(images[:THUMBNAILS]) for folder, images in data.thumbnails.items()},
-            small=size <= 128,
+            small=max(height, width) <= 128,
             threshold=RECOGNISABLE_SSIM,
-            # Markup: our own strokes and numbers, no text of the user's is in it
-            plot=Markup(svg),
+            plots=plots,
             colours=colours,
             markers={kind: MARKERS[i % len(MARKERS)] for i, kind in enumerate(kinds)},
+            repeat=repeat_lines(matrix),
         )
     )
 
 
-def _points(rows: list[dict[str, Any]], attack: str, kind: str) -> list[tuple[float, float]]:
-    """(distortion, mean SSIM) of an attack against one kind of defence, from the undefended client on."""
+def _points(rows: list[dict[str, Any]], attack: str, kind: str, key: str) -> list[tuple[float, float]]:
+    """(cost, mean SSIM) of an attack against one kind of defence, from the undefended client on where that has a cost."""
     return sorted(
-        (row["distortion"], row["ssim_mean"]) for row in rows if row["attack"] == attack and row["kind"] in (kind, NO_DEFENCE)
+        (row[key], row["ssim_mean"])
+        for row in rows
+        if row["attack"] == attack and row["kind"] in (kind, NO_DEFENCE) and row[key] is not None
     )
 
 
