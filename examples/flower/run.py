@@ -53,9 +53,7 @@ def client_app(folder: Path) -> ClientApp:
     """A client that records what leaves it, and (to score the attack afterwards) its images."""
     app = ClientApp(
         mods=[
-            gradleak_mod(
-                build_model, client=CLIENT, image_shape=IMAGE_SHAPE, truth=own_batch, record=folder, record_truth=True
-            )
+            gradleak_mod(build_model, client=CLIENT, image_shape=IMAGE_SHAPE, truth=own_batch, record=folder, record_truth=True)
         ]
     )
 
