@@ -6,7 +6,7 @@ configuration: a model and the images are named as ``package.module:function`` o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class LeakFilter(_SeesUpdates, DXOFilter):
     Args:
         model: F by name (``package.module:function``, or a built-in one), or the table ``[model]`` of a specification.
         truth: Function of ``site`` (name) and ``round`` (number) that gives the :class:`~gradleak.observation.Truth` of that
-            round: the images in [0, 1] that the site trains on.
+            round: the images in [0, 1] that the site trains on. By its name in a job, else also itself.
         image_shape: C, H, W.
         client: What the site does with its batch: the keys of ``[client]``; None: one step on all images.
         threshold: The largest leak score that is let pass.
@@ -114,7 +114,7 @@ class LeakFilter(_SeesUpdates, DXOFilter):
     def __init__(
         self,
         model: str | dict[str, Any],
-        truth: str,
+        truth: str | Callable[..., Truth],
         image_shape: Sequence[int],
         client: dict[str, Any] | None = None,
         threshold: float = RECOGNISABLE_SSIM,
@@ -137,17 +137,17 @@ class LeakFilter(_SeesUpdates, DXOFilter):
     def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO | None:
         """The result, emptied if it must not leave; None where nothing was changed."""
         number = _round(dxo, shareable, fl_ctx)
-        if number is not None and (number < self.start_round or number % self.frequency):
+        if number < self.start_round or number % self.frequency:
             return None
         site = fl_ctx.get_identity_name()
         try:
-            passes = self._passes(dxo, site=site, number=number or 0)
+            passes = self._passes(dxo, site=site, number=number)
         except Exception as fault:  # whatever it is, it must not cost the round
             passes = not self.block
-            self.log_warning(fl_ctx, f"round {number}: could not be audited: {fault}")
+            self.log_warning(fl_ctx, f"round {number}: could not be audited: {fault}", fire_event=False)
         if passes:
             return None
-        self.log_warning(fl_ctx, f"round {number}: the update is withheld")
+        self.log_warning(fl_ctx, f"round {number}: the update is withheld", fire_event=False)
         dxo.data = {}
         return dxo
 
@@ -158,7 +158,8 @@ class LeakFilter(_SeesUpdates, DXOFilter):
             audit={"attack": self.attack or dict(QUICK), "threshold": self.threshold},
             block=self.block,
         )
-        own = import_function(self.truth, error=DataError)(site=site, round=number)
+        function = import_function(self.truth, error=DataError) if isinstance(self.truth, str) else self.truth
+        own = function(site=site, round=number)
         if not isinstance(own, Truth):
             raise DataError(f"{self.truth}: returned {type(own).__name__}, expected a gradleak Truth")
         network = self.network()
@@ -208,8 +209,8 @@ def _tensor(array: Any) -> Tensor:
     return array.detach().cpu() if isinstance(array, Tensor) else torch.from_numpy(np.asarray(array))
 
 
-def _round(dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> int | None:
-    """The round, wherever the workflow says it."""
+def _round(dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> int:
+    """The round, wherever the workflow says it; 0 where it does not."""
     for found in (
         dxo.get_meta_prop(AppConstants.CURRENT_ROUND),
         shareable.get_header(AppConstants.CURRENT_ROUND),
@@ -217,4 +218,4 @@ def _round(dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> int | None:
     ):
         if found is not None:
             return int(found)
-    return None
+    return 0
