@@ -275,14 +275,23 @@ def test_check_as_json_has_all_of_it(capsys: pytest.CaptureFixture[str]) -> None
                 "cinet-paper",
                 "models:",
                 "resnet18-cifar",
-                "torchvision/resnet18",
+                "torchvision/NAME",
                 "datasets:",
                 "npz:PATH",
                 "labels:",
+                "defences:",
+                "settings:",
             ],
         ),
-        (["attacks"], ["cinet"]),
-        (["models"], ["convnet"]),
+        (["attacks"], ["cinet", "needs the labels"]),
+        (["models"], ["convnet", "torchvision/resnet18"]),
+        (["models", "wide_resnet"], ["torchvision/wide_resnet50_2"]),
+        (["models", "lenet"], ["Strides 2, 2, 1, 1", "model.activation"]),
+        (["attacks", "gias"], ["attack.generator", "5500", "threat.surrogate_data", "Length of an untrained generator"]),
+        (["defences", "gaussian"], ["sigma (number >= 0; needed)"]),
+        (["settings"], ["client", "matrix"]),
+        (["settings", "client"], ["client.local_batch", "integer >= 1", "images in a local step"]),
+        (["settings", "run"], ["memory_limit_mb"]),
         (["datasets"], ["sample"]),
         (["labels"], ["idlg"]),
     ],
@@ -503,9 +512,18 @@ def test_evaluate_on_an_empty_folder(home: Path, tmp_path: Path, capsys: pytest.
     assert not list(tmp_path.iterdir())
 
 
-def test_list_of_something_unknown(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("list", "atacks") == 2
-    assert "did you mean 'attacks'?" in one_line(capsys.readouterr().err)
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        (["atacks"], "did you mean 'attacks'?"),
+        (["attacks", "cinett"], "did you mean 'cinet'?"),
+        (["settings", "clint"], "did you mean 'client'?"),
+        (["models", "lenett"], "did you mean 'lenet'?"),
+    ],
+)
+def test_list_of_something_unknown(capsys: pytest.CaptureFixture[str], what: list[str], words: str) -> None:
+    assert call("list", *what) == 2
+    assert words in one_line(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gradleak.client import FedAvg, FedSGD
 from gradleak.errors import GradleakError, ModelError, ObservationError, OutputError
 from gradleak.models import ACTIVATIONS, available, build
 from gradleak.spec import ModelSpec
@@ -320,3 +322,74 @@ def test_other_libraries_files_are_read(tmp_path: Path) -> None:
     tensors, metadata = read_tensors(tmp_path / "w.safetensors")
     check_state(tensors, {"w": torch.Size([2])}, where="w.safetensors")
     assert metadata == {}
+
+
+def test_attention_has_second_derivatives() -> None:
+    """Though torch's fused kernels have none: the operator runs it unfused, a user's own transformer too."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, activation="gelu")
+    model = nn.Sequential(
+        nn.Flatten(2), layer_norm := nn.LayerNorm(64), nn.Linear(64, 8), layer, nn.Flatten(), nn.Linear(24, 4)
+    )
+    assert layer_norm.weight.requires_grad
+    images, labels = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+    update, transpose = FedSGD(model).vjp(images, labels)
+    cotangent = {name: torch.randn_like(t) for name, t in update.items()}
+    direction, step = torch.randn_like(images), 1e-3
+    ahead, behind = (FedSGD(model)(images + s * step * direction, labels) for s in (1, -1))
+    slope = sum(float(((ahead[name] - behind[name]) * c).sum()) for name, c in cotangent.items()) / (2 * step)
+    assert float((transpose(cotangent) * direction).sum()) == pytest.approx(slope, rel=0.02)
+
+
+def test_an_operation_without_a_second_derivative_is_named() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Hardsigmoid(), nn.Linear(8, 4))
+    images, labels = torch.rand(2, *SMALL), torch.tensor([0, 1])
+    for client in (FedSGD(model), FedAvg(model, learning_rate=0.1)):
+        update, transpose = client.vjp(images, labels)
+        with pytest.raises(ModelError, match=r"hardsigmoid.*second derivative.*model\.activation"):
+            transpose(update)
+
+
+def test_timm_is_named_where_it_is_missing() -> None:
+    if find_spec("timm"):
+        pytest.skip("timm is installed")
+    with pytest.raises(ModelError, match=r'pip install "gradleak\[timm\]"'):
+        build(ModelSpec(name="timm/resnet18"), image_shape=CIFAR)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("test_resnet", (1, 32, 40)), ("test_vit", (2, 48, 32)), ("test_efficientnet", CIFAR)]
+)
+def test_models_of_timm(name: str, shape: tuple[int, int, int], tmp_path: Path) -> None:
+    """Channels, sizes (of a transformer too) and classes are the client's; nothing works in place; weights come from a file."""
+    pytest.importorskip("timm")
+    spec = ModelSpec(name=f"timm/{name}", num_classes=5, seed=1)
+    model = build(spec, image_shape=shape)
+    assert not any(getattr(module, "inplace", False) for module in model.modules())
+    images = torch.rand(2, *shape)
+    assert model(images).shape == (2, 5)
+    assert double_backward_of(FedSGD(model), images).isfinite().all()
+    write_tensors(tmp_path / "w", dict(model.state_dict()), {})
+    again = build(spec.model_copy(update={"seed": 2, "weights": tmp_path / "w"}), image_shape=shape)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def double_backward_of(client: FedSGD, images: Tensor) -> Tensor:
+    update, transpose = client.vjp(images, torch.arange(len(images)))
+    return transpose(update)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [
+        ("timm/resnet81", CIFAR, "did you mean 'timm/resnet18'"),
+        ("timm/qqqqqq", CIFAR, "gradleak list models timm"),
+        ("timm/vit_7b_patch16_dinov3", (3, 10_016, 10_016), "of this machine|cannot be built"),
+        ("timm/test_vit", (3, 30, 30), "timm/test_vit.*3x30x30"),
+    ],
+)
+def test_bad_models_of_timm(name: str, shape: tuple[int, int, int], words: str) -> None:
+    """The nearest name; a model that is larger than the machine is not allocated; sizes that patches do not divide."""
+    pytest.importorskip("timm")
+    with pytest.raises(ModelError, match=words):
+        build(ModelSpec(name=name), image_shape=shape)

@@ -7,6 +7,7 @@ from gradleak.errors import GradleakError
 from gradleak.evaluate import Evaluation, evaluate
 from gradleak.invert import Progress, Reconstruction, invert
 from gradleak.labels import Labels, recover
+from gradleak.leak import Leak, measure_leak
 from gradleak.live import NotebookFigure, TensorBoard
 from gradleak.matrix import audit_matrix
 from gradleak.models import build as build_model
@@ -27,6 +28,7 @@ __all__ = [
     "FedSGD",
     "GradleakError",
     "Labels",
+    "Leak",
     "ModelSpec",
     "NotebookFigure",
     "Observation",
@@ -48,6 +50,7 @@ __all__ = [
     "invert",
     "load",
     "load_data",
+    "measure_leak",
     "normalised",
     "observe",
     "operator",
