@@ -77,14 +77,16 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_one_step_of_fedavg_is_the_learning_rate_times_the_gradient(norm: str) -> None:
-    """To the last bit; and the transposes agree the same way."""
+    """To the last bit; the transposes agree too, and by the secant as well, which takes less time than double backward."""
     (x, y), model = batch(), network(norm)
     (_, back), client = FedSGD(model).vjp(x, y), FedAvg(model, learning_rate=0.05)
+    assert same(client(x, y), {name: 0.05 * g for name, g in FedSGD(model)(x, y).items()})
     update, transpose = client.vjp(x, y)
-    assert same(update, {name: 0.05 * g for name, g in FedSGD(model)(x, y).items()})
-    assert same(update, client(x, y))
+    close(update, client(x, y), rtol=1e-12)
     u = random_like(update)
-    torch.testing.assert_close(transpose(u), 0.05 * back(u), rtol=1e-12, atol=1e-15)
+    expected = 0.05 * back(u)
+    torch.testing.assert_close(transpose(u), expected, rtol=1e-12, atol=1e-15)
+    assert relative_error(client.vjp(x, y, engine=secant)[1](u), expected) < 1e-2
 
 
 @pytest.mark.parametrize("norm", ["batch", "none"])
@@ -123,12 +125,12 @@ def unrolled(model: nn.Module, x: Tensor, y: Tensor, epochs: int, size: int | No
 def test_the_transpose_of_fedavg_is_that_of_the_unrolled_steps(
     norm: str, epochs: int, size: int | None, momentum: float
 ) -> None:
-    """With respect to the images, and to soft labels; ``auto`` takes the exact transpose and says so."""
+    """With respect to the images, and to soft labels; ``auto`` takes the exact transpose of several steps and says so."""
     (x, y), model = batch(), network(norm)
     client = FedAvg(model, learning_rate=0.3, epochs=epochs, batch_size=size, momentum=momentum)
     checking = SelfChecking()
     update, transpose = client.vjp(x, y, engine=checking)
-    assert (checking.trusted, checking.error) == (False, 0.0)
+    assert len(client.batches(len(x))) == 1 or (checking.trusted, checking.error) == (False, 0.0)
     u = random_like(update)
 
     leaf = x.clone().requires_grad_()
@@ -145,10 +147,10 @@ def test_the_transpose_of_fedavg_is_that_of_the_unrolled_steps(
     torch.testing.assert_close(found[1], to_labels, rtol=1e-8, atol=1e-13)
 
 
-def test_fedavg_has_no_secant() -> None:
+def test_fedavg_of_several_steps_has_no_secant() -> None:
     x, y = batch()
     with pytest.raises(SpecError, match=r'attack.engine.*FedAvg.*"exact"'):
-        FedAvg(network(), learning_rate=0.1).vjp(x, y, engine=secant)
+        FedAvg(network(), learning_rate=0.1, epochs=2).vjp(x, y, engine=secant)
 
 
 def test_an_unknown_order_is_drawn_by_the_client_alone() -> None:

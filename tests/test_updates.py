@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -244,12 +245,12 @@ def write(path: Path, state: dict[str, Tensor]) -> Path:
 
 
 def call(*arguments: object) -> int:
-    """Exit code of the command line."""
-    try:
-        cli.app([str(a) for a in arguments], standalone_mode=False)
-    except gl.GradleakError:
-        return 2
-    return 0
+    """`gradleak ARGUMENTS` in this process; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["gradleak", *map(str, arguments)])
+        with pytest.raises(SystemExit) as leave:
+            cli.main()
+    return int(leave.value.code or 0)
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.npz", "list.npz", "a.pt", "whole.pth"])

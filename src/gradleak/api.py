@@ -5,9 +5,10 @@ from gradleak.client import Average, ClientOperator, FedAvg, FedSGD, build_clien
 from gradleak.data import load as load_data
 from gradleak.errors import GradleakError
 from gradleak.evaluate import Evaluation, evaluate
-from gradleak.invert import Reconstruction, invert
+from gradleak.invert import Progress, Reconstruction, invert
 from gradleak.labels import Labels, recover
 from gradleak.leak import Leak, measure_leak
+from gradleak.live import NotebookFigure, TensorBoard
 from gradleak.matrix import audit_matrix
 from gradleak.models import build as build_model
 from gradleak.models import normalised
@@ -29,9 +30,12 @@ __all__ = [
     "Labels",
     "Leak",
     "ModelSpec",
+    "NotebookFigure",
     "Observation",
+    "Progress",
     "Reconstruction",
     "RunSpec",
+    "TensorBoard",
     "ThreatSpec",
     "Truth",
     "Update",

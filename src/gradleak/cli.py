@@ -10,7 +10,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -21,6 +21,7 @@ from gradleak.errors import GradleakError, OutputError, SpecError, nearest, prin
 
 if TYPE_CHECKING:
     from gradleak.catalogue import Entry
+    from gradleak.invert import Watcher
 
 EXIT_CODES = """\b
 Exit codes:
@@ -181,6 +182,15 @@ Redact = Annotated[
     typer.Option("--redact", help="Keep the figures and no picture: no reconstruction is written", rich_help_panel=OUTPUT),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error", rich_help_panel=OUTPUT)]
+TensorBoardFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--tensorboard",
+        metavar="DIR",
+        help="Log loss, step and pictures for TensorBoard while the attack runs (needs gradleak[tensorboard])",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Json = Annotated[
     bool,
     typer.Option("--json", help="One JSON object on standard output in place of lines for people", rich_help_panel=OUTPUT),
@@ -228,6 +238,7 @@ def audit(
     force: Force = False,
     resume: Resume = False,
     redact: Redact = False,
+    tensorboard: TensorBoardFolder = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> Report:
@@ -245,6 +256,8 @@ def audit(
         spec = out / "spec.toml"
     loaded = load(spec, overrides)
     if loaded.matrix.given:
+        if tensorboard is not None:
+            raise SpecError("--tensorboard: logs one run, and this specification has a [matrix] of them; leave one out")
         found = matrix.audit_matrix(
             loaded, out, force=force, resume=resume, progress=not quiet, command=_command(), redact=redact
         )
@@ -254,7 +267,10 @@ def audit(
             _echo(line)
         _print_report(out, found)
         return None
-    result = run.audit(loaded, out, force=force, resume=resume, progress=not quiet, command=_command(), redact=redact)
+    with _watching(tensorboard, out, redact=redact) as watch:
+        result = run.audit(
+            loaded, out, force=force, resume=resume, progress=not quiet, command=_command(), redact=redact, watch=watch
+        )
     if json_:
         return _of_folder(result, out)
     _print_result(result, out)
@@ -333,6 +349,7 @@ def invert(
     force: Force = False,
     resume: Resume = False,
     redact: Redact = False,
+    tensorboard: TensorBoardFolder = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> Report:
@@ -344,17 +361,19 @@ def invert(
     observation = Observation.load(update, loss=loss)
     overrides = _overrides(set_, weights=weights, attack=attack, memory_limit=memory_limit)
     spec = run.spec_for(observation, model=model, overrides=overrides, where=str(update))
-    result = run.invert_observation(
-        observation,
-        spec,
-        out,
-        where=str(update),
-        force=force,
-        resume=resume,
-        progress=not quiet,
-        command=_command(),
-        redact=redact,
-    )
+    with _watching(tensorboard, out, redact=redact) as watch:
+        result = run.invert_observation(
+            observation,
+            spec,
+            out,
+            where=str(update),
+            force=force,
+            resume=resume,
+            progress=not quiet,
+            command=_command(),
+            redact=redact,
+            watch=watch,
+        )
     if json_:
         return _of_folder(result, out)
     _print_result(result, out)
@@ -700,6 +719,20 @@ def _print_json(found: dict[str, Any]) -> None:
 def _of_folder(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A result as --json shows it: the content of result.json or matrix.json, and where it lies."""
     return {**result, "folder": str(folder.resolve()), "report": str((folder / "report.html").resolve())}
+
+
+@contextmanager
+def _watching(tensorboard: Path | None, out: Path, *, redact: bool) -> Iterator[Watcher | None]:
+    """What watches an attack: TensorBoard's log, where one is asked for."""
+    if tensorboard is None:
+        yield None
+        return
+    from gradleak.live import TensorBoard
+
+    if out.resolve() in (tensorboard.resolve(), *tensorboard.resolve().parents):
+        raise OutputError(f"--tensorboard {tensorboard}: is in the run folder {out}; choose a folder of its own")
+    with TensorBoard(tensorboard, images=not redact) as watch:
+        yield watch
 
 
 def _only_one(*, force: bool, resume: bool) -> None:

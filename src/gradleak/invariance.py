@@ -62,7 +62,7 @@ def random_updates(client: ClientOperator, labels: Tensor, image_shape: tuple[in
 
 
 def relative_changes(first: Update, second: Update) -> dict[str, float]:
-    r""":math:`2 \, \|a_k - b_k\| \,/\, \big(\|a_k\| + \|b_k\|\big)` of each tensor, in [0, 2]; not of those that are zero."""
+    r""":math:`2 \, \|a_k - b_k\| \,/\, \big(\|a_k\| + \|b_k\|\big)` of each tensor that is not zero, in [0, 2]."""
     sizes = {name: float(t.norm() + second[name].norm()) for name, t in first.items()}
     return {name: 2 * float((second[name] - first[name]).norm()) / size for name, size in sizes.items() if size > 0}
 

@@ -83,6 +83,33 @@ class Reconstruction:
     interrupted: str = ""
 
 
+@dataclass(frozen=True)
+class Progress:
+    """What a watcher is shown after a round; copies, so that nothing it does reaches the attack.
+
+    Attributes:
+        round: t, from 1; of this restart.
+        rounds: T.
+        restart: From 0.
+        loss: The matching loss of this round (the least of a group's).
+        best_loss: The least one of this restart so far.
+        learning_rate: The optimiser's, in this round.
+        images: B x C x H x W, the iterate of ``best_loss``; about in [0, 1], not clamped.
+    """
+
+    round: int
+    rounds: int
+    restart: int
+    loss: float
+    best_loss: float
+    learning_rate: float
+    images: Tensor
+
+
+#: Called after each round (:mod:`gradleak.live` has two).
+Watcher = Callable[[Progress], None]
+
+
 def invert(
     observation: Observation,
     attack: Attack,
@@ -93,6 +120,7 @@ def invert(
     progress: bool = True,
     checkpoint: Checkpoint | None = None,
     stop: Callable[[], str] | None = None,
+    watch: Watcher | None = None,
     memory_limit_mb: float | None = None,
 ) -> Reconstruction:
     r"""Rebuild the client's images: minimise :math:`D(A(G(\theta), y), g^*)` over :math:`\theta`.
@@ -109,6 +137,7 @@ def invert(
         checkpoint: Where the state is kept now and then. If it holds this run's state, the run goes on from there, and ends
             in the same numbers as one that was never interrupted.
         stop: Asked after every round; a text that is not empty ends the loop, with a checkpoint.
+        watch: Called after every round. It changes no number of the result, and if it raises, it is left out from then on.
         memory_limit_mb: MiB that the attack may take; None: what is free (:func:`gradleak.memory.fit`).
 
     Raises:
@@ -134,10 +163,13 @@ def invert(
         labels=y,
         gain_sensitivity=gain_sensitivity(client, probe, y),
     )
+    watched = _Watched(watch, device)
     start = time.perf_counter()
     images = attack.closed_form(problem)
     if images is not None:
-        return _without_loop(problem, attack, labels, images, seconds=time.perf_counter() - start)
+        computed = _without_loop(problem, attack, labels, images, seconds=time.perf_counter() - start)
+        watched.show(computed.history[-1], computed.images, rounds=1, best_loss=computed.matching_loss)
+        return computed
     state = checkpoint.load(run=run) if checkpoint is not None else None
     done, kept, seconds, current = 0, None, 0.0, None
     if state is not None:
@@ -168,7 +200,11 @@ def invert(
                     current = None
                 with _progress(loop.rounds, progress, done=loop.t) as report:
                     while not loop.stopped:
+                        before = loop.t
                         loop.round()
+                        if loop.t > before:
+                            row, best = loop.history[-1], loop.best
+                            watched.show(row, best.images, rounds=loop.rounds, best_loss=best.loss, restart=k)
                         report(loop.t, loop.best.loss if not loop.history else loop.history[-1]["loss"])
                         interrupted = stop() if stop is not None else ""
                         if interrupted or (checkpoint is not None and checkpoint.due()):
@@ -227,6 +263,25 @@ def _without_loop(problem: Problem, attack: Attack, labels: Labels, images: Tens
             "gain_check": {"sensitivity": problem.gain_sensitivity, "applied": 1.0},
         },
     )
+
+
+class _Watched:
+    """A watcher that can do no harm: torch's random state is given back after it, and its first fault is its last."""
+
+    def __init__(self, watch: Watcher | None, device: torch.device) -> None:
+        self.watch, self.device = watch, device
+
+    def show(self, row: dict[str, float], images: Tensor, *, rounds: int, best_loss: float, restart: int = 0) -> None:
+        if self.watch is None:
+            return
+        t = int(row["round"])
+        progress = Progress(t, rounds, restart, row["loss"], best_loss, row["learning_rate"], images.detach().clone())
+        try:
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                self.watch(progress)
+        except Exception as fault:  # whatever it is, hours of computing must not be lost to a picture
+            log.warning("the watcher failed in round %d, and the attack goes on without it: %r", t, fault)
+            self.watch = None
 
 
 class _NotFinite(Exception):

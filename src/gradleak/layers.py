@@ -10,7 +10,7 @@ an attack lives on. The shares say where to begin; what an update without some l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -25,6 +25,8 @@ ROUND_OFF = 1e-7
 #: The first sentence names layers until they hold this share of the change, but no more than :data:`MOST_NAMED`.
 NAMED_SHARE = 0.5
 MOST_NAMED = 3
+
+MOST_MODULES = 20
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def layers(observed: Update, rebuilt: Update, probes: tuple[Update, Update]) -> 
 
 @dataclass(frozen=True)
 class Module:
-    """The tensors of one module together: sums of what :class:`Layer` has of each."""
+    """The tensors of one module, its submodules included: sums of what :class:`Layer` has of each."""
 
     name: str
     numbers: int
@@ -90,11 +92,20 @@ class Module:
     image_share: float
 
 
-def modules(found: Iterable[Layer]) -> list[Module]:
-    """The modules of an update, those that tell most of the images first."""
+def modules(found: Sequence[Layer], *, most: int = MOST_MODULES) -> list[Module]:
+    """The modules of an update, those that tell most of the images first.
+
+    Args:
+        found: From :func:`layers`.
+        most: Modules are taken as deep in F as there are no more than this many: single layers of a small network, blocks or
+            stages of a deep one.
+    """
+    paths = [layer.module.split(".") for layer in found]
+    depths = range(max(map(len, paths), default=1), 0, -1)
+    depth = next((d for d in depths if len({tuple(path[:d]) for path in paths}) <= most), 1)
     together: dict[str, list[Layer]] = {}
-    for layer in found:
-        together.setdefault(layer.module, []).append(layer)
+    for layer, path in zip(found, paths, strict=True):
+        together.setdefault(".".join(path[:depth]), []).append(layer)
     grouped = [
         Module(
             name,
@@ -107,7 +118,7 @@ def modules(found: Iterable[Layer]) -> list[Module]:
     return sorted(grouped, key=lambda module: -module.image_share)
 
 
-def in_words(found: Iterable[Layer]) -> str:
+def in_words(found: Sequence[Layer]) -> str:
     """What the shares mean and what to do, in two sentences; ``""`` without layers."""
     grouped = modules(found)
     if not grouped:
@@ -125,7 +136,8 @@ def in_words(found: Iterable[Layer]) -> str:
         return f"All that the images change in this update is in {names}: an update without {which} is none."
     return (
         f"Of all that the images change in this update, {100 * share:.0f} % is in {names}. To lower the leak by sending fewer "
-        f"layers, keep {which} on the client first (client.layers), and audit again: what remains may still be enough."
+        f"layers, keep {which} on the client first, and audit again with client.layers, the list of what is sent: what "
+        "remains may still be enough."
     )
 
 

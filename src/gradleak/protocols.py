@@ -379,7 +379,7 @@ class FedAvg(ClientOperator):
     of weights, in which small steps would drown in float32's rounding.
 
     Its transpose is exact: the adjoint recursion over the steps, backwards. Memory: W once per step and the graph of one
-    step. The secant engine is not defined for it; ``auto`` uses the exact transpose.
+    step. The secant engine is not defined for several steps; ``auto`` uses the exact transpose then.
 
     Args:
         model, loss, mode, layers: As :class:`ClientOperator`.
@@ -445,6 +445,9 @@ class FedAvg(ClientOperator):
         return self._train(images, labels, self.batches(len(images), drawn))[0]
 
     def vjp(self, images: Tensor, labels: Tensor, *, engine: Engine = exact) -> tuple[Update, Transpose]:
+        if len(self.batches(len(images))) == 1:  # eta times one gradient, which any engine can transpose
+            gradient, back = engine(lambda weights, x: self.loss(weights, x, labels), self.weights, images)
+            return self._scaled(gradient), lambda cotangent: back(self._scaled(cotangent))
         update, transpose = self._adjoint(images, labels, engine, soft=False)
         return update, lambda cotangent: transpose(cotangent)[0]
 
@@ -464,6 +467,9 @@ class FedAvg(ClientOperator):
         )
         moved._named_like(self)
         return moved
+
+    def _scaled(self, gradient: Update) -> Update:
+        return {name: self.learning_rate * t for name, t in gradient.items()}
 
     def _train(self, images: Tensor, labels: Tensor, batches: list[Tensor]) -> tuple[Update, list[Update]]:
         """The update, and the weights at which each local step began."""

@@ -85,6 +85,7 @@ class _Quality(_Part):
 
 class _Identification(_Part):
     candidates: int
+    ranks: dict[str, list[int] | None] = {}
     rate: dict[str, _Number | None]
     chance: _Number
 
@@ -220,6 +221,9 @@ def read_result(folder: Path) -> dict[str, Any]:
         raise OutputError(f"{path}: is damaged: the assignment is not one of {count} images")
     if any(len(values) != count for values in result.per_image.values()):
         raise OutputError(f"{path}: is damaged: per_image has not {count} values for each metric")
+    found_ranks = {} if result.identification is None else result.identification.ranks
+    if any(ranks is not None and len(ranks) != count for ranks in found_ranks.values()):
+        raise OutputError(f"{path}: is damaged: identification has not {count} ranks")
     quality = result.quality
     if any(len(values) not in (0, len(quality.round)) for values in (quality.psnr, quality.ssim)):
         raise OutputError(f"{path}: is damaged: quality has lists of different lengths")

@@ -40,7 +40,7 @@ from gradleak.evaluate import (
 from gradleak.files import write_atomically
 from gradleak.folder import CHECKPOINT, CONTROL, LOG, RECONSTRUCTION, RESULT, SPEC, check_folder, lock_folder, open_folder
 from gradleak.invariance import random_updates, relative_changes
-from gradleak.invert import Reconstruction, invert, noise_update
+from gradleak.invert import Reconstruction, Watcher, invert, noise_update
 from gradleak.labels import recover
 from gradleak.layers import layers
 from gradleak.metrics import load_lpips
@@ -102,6 +102,7 @@ def audit(
     command: str = "",
     redact: bool = False,
     client: Client | None = None,
+    watch: Watcher | None = None,
 ) -> dict[str, Any]:
     """Simulate, attack, evaluate, report.
 
@@ -115,6 +116,7 @@ def audit(
         command: How a reader of the report can repeat the run.
         redact: Keep the figures and no picture. While the run goes on, its checkpoints hold the attack's state.
         client: What :func:`simulate_client` gave for this specification, if it was called already.
+        watch: Called after every round of the attack, not of a control (:func:`gradleak.invert.invert`).
 
     Returns:
         The content of ``result.json``; ``partial`` is true in it when a signal ended the attack early.
@@ -132,7 +134,15 @@ def audit(
         keep = Checkpoint(out / CHECKPOINT, every=spec.checkpoint_seconds)
         with stopping() as stop:
             reconstruction = attack_observation(
-                client.observation, client.model, recipe, spec, device, progress=progress, checkpoint=keep, stop=stop
+                client.observation,
+                client.model,
+                recipe,
+                spec,
+                device,
+                progress=progress,
+                checkpoint=keep,
+                stop=stop,
+                watch=watch,
             )
             controls: dict[str, Any] = {}
             warnings: list[str] = []
@@ -283,6 +293,7 @@ def invert_observation(
     progress: bool = True,
     command: str = "",
     redact: bool = False,
+    watch: Watcher | None = None,
 ) -> dict[str, Any]:
     """Attack a saved update. There is no truth: the report shows the reconstruction and says that its quality is unknown.
 
@@ -291,7 +302,7 @@ def invert_observation(
         spec: ``model``, ``attack``, ``labels``, ``seed`` and ``device`` are used.
         out: The run folder.
         where: What an error message calls the observation, its file name.
-        force, resume, redact: As for :func:`audit`.
+        force, resume, redact, watch: As for :func:`audit`.
     """
     recipe, device = prepare(spec)
     check_folder(out, force=force, resume=resume)
@@ -312,7 +323,16 @@ def invert_observation(
         keep = Checkpoint(out / CHECKPOINT, every=spec.checkpoint_seconds)
         with stopping() as stop:
             reconstruction = attack_observation(
-                observation, model, recipe, spec, device, progress=progress, where=where, checkpoint=keep, stop=stop
+                observation,
+                model,
+                recipe,
+                spec,
+                device,
+                progress=progress,
+                where=where,
+                checkpoint=keep,
+                stop=stop,
+                watch=watch,
             )
         result = describe(spec, recipe, observation, client, reconstruction, device, simulated=False, command=command)
         result |= {"partial": bool(reconstruction.interrupted), "interrupted": reconstruction.interrupted or None}
@@ -371,6 +391,7 @@ def attack_observation(
     where: str = "observation",
     checkpoint: Checkpoint | None = None,
     stop: Callable[[], str] | None = None,
+    watch: Watcher | None = None,
 ) -> Reconstruction:
     """Recover the labels by the specification's rule and run the attack. The truth is not an argument."""
     check_granted(str(spec.attack["name"]), recipe, observation)
@@ -385,6 +406,7 @@ def attack_observation(
         progress=progress,
         checkpoint=checkpoint,
         stop=stop,
+        watch=watch,
         memory_limit_mb=spec.memory_limit_mb,
     )
 

@@ -42,7 +42,7 @@ def dp_sgd(optimizer: DPOptimizer, accountant: IAccountant, *, delta: float = 1e
     Raises:
         SpecError: The optimiser clips layer by layer, which the defence does not model.
     """
-    if not isinstance(optimizer.max_grad_norm, int | float):
+    if hasattr(optimizer, "max_grad_norms"):
         raise SpecError(
             f"dp-sgd: {type(optimizer).__name__} clips layer by layer, and the defence an image's whole gradient; make the "
             'optimiser with clipping="flat"'

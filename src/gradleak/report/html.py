@@ -167,7 +167,7 @@ def _sections(values: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _verdict(result: dict[str, Any]) -> tuple[str, str, str]:
     """The verdict's first sentence, what follows it, and the doubt in it (:func:`gradleak.evaluate.remark`)."""
-    text = str(result.get("verdict") or "")
+    text = str(result.get("verdict") or "").replace(" >= ", " ≥ ")
     mean_ssim = ((result.get("metrics") or {}).get("ssim") or {}).get("mean")
     doubt = remark(mean_ssim, result.get("controls"), image_sensitivity=result.get("image_sensitivity"))
     doubt = doubt if doubt in text else ""
@@ -378,7 +378,10 @@ def _share(value: float | None) -> str | None:
 
 
 def _percent(value: float) -> str:
-    return "0 %" if value == 0 else "< 0.01 %" if value < 1e-4 else f"{100 * value:.2g} %" if value < 0.995 else "100 %"
+    """With as many digits as tell: 15 %, 8.3 %, 0.02 %."""
+    if 0 < value < 1e-4:
+        return "< 0.01 %"
+    return f"{100 * value:.{0 if value >= 0.0995 or value == 0 else 1 if value >= 0.000995 else 2}f} %"
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

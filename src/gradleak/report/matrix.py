@@ -79,7 +79,7 @@ def render_matrix(data: MatrixData) -> str:
             cells=by_pair,
             costs=costs,
             columns=columns,
-            verdict=verdict(matrix),
+            verdict=verdict(matrix).replace(" >= ", " ≥ "),
             shape="×".join(str(n) for n in matrix["image_shape"]),
             images=matrix["images"],
             width=width,

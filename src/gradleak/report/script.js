@@ -90,6 +90,7 @@ for (const button of document.querySelectorAll("button.zoom")) {
     group = [...document.querySelectorAll("button.zoom")].filter((other) => other.dataset.group === button.dataset.group);
     show(group.indexOf(button));
     viewer.showModal();
+    document.getElementById(group.length < 2 ? "close" : "next").focus();
   });
 }
 wipeButton.addEventListener("click", () => {
