@@ -109,5 +109,7 @@ def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
     for page in (tmp_path / "site").rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         # what a browser would fetch; a link is followed by a person
-        assert not re.search(r"""(?:src|srcset)=["']?(?:https?:)?//|<link[^>]*rel=["']?(?:stylesheet|preconnect)[^>]*//""", text), page
+        assert not re.search(
+            r"""(?:src|srcset)=["']?(?:https?:)?//|<link[^>]*rel=["']?(?:stylesheet|preconnect)[^>]*//""", text
+        ), page
         assert page.parent.name != "reference" or not re.search(r":(?:math|class|func|mod):`", text), page
