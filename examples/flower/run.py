@@ -13,7 +13,9 @@ import json
 import os
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 # before Flower and Ray are imported: nothing is reported to anybody
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
@@ -88,6 +90,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("flower-leak"), help="folder of updates and report")
     parser.add_argument("--rounds", type=int, default=300, help="of the attack")
+    parser.add_argument("--json", type=Path, help="file for the figures and how they were measured")
     arguments = parser.parse_args()
     out, start = arguments.out.resolve(), time.monotonic()
     clients, server = out / "clients", out / "server"
@@ -118,8 +121,26 @@ def main() -> int:
     result = evaluate_run(out / "report", truth, lpips="off")
     ssim = result["metrics"]["ssim"]
     print(result["verdict"])
-    print(json.dumps({"ssim": ssim, "seconds": round(time.monotonic() - start), "report": str(out / "report" / "report.html")}))
+    print(f"SSIM: mean {ssim['mean']:.3f}, worst {ssim['worst']:.3f}; see {out / 'report' / 'report.html'}")
+    if arguments.json is not None:
+        record(arguments.json, result, seconds=time.monotonic() - start)
     return 0 if ssim["mean"] >= SSIM else 1
+
+
+def record(path: Path, result: dict[str, Any], *, seconds: float) -> None:
+    """What was measured, and how."""
+    figures = {
+        "name": "Flower: eight images after one local step on a sigmoid convnet",
+        "attack": result["attack"]["name"],
+        "settings": {"rounds": result["attack"]["rounds"], "rate": RATE, "batch": BATCH},
+        "labels": {key: result["labels"][key] for key in ("rule", "accuracy")},
+        "metrics": {m: {k: round(row[k], 4) for k in ("mean", "worst")} for m, row in result["metrics"].items() if row["mean"]},
+        "seconds": round(seconds, 1),
+        "command": f"python {Path('examples/flower/run.py')} {' '.join(sys.argv[1:])}",
+        **{key: result[key] for key in ("seed", "device", "threads")},
+        "versions": {**result["versions"], **{name: version(name) for name in ("flwr", "ray")}},
+    }
+    path.write_text(f"[\n{json.dumps(figures)}\n]\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

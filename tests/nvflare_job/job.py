@@ -21,7 +21,8 @@ SITES = ["site-1", "site-2"]
 if __name__ == "__main__":
     workspace, records = sys.argv[1:]
     job = FedAvgJob(name="leak", n_clients=len(SITES), num_rounds=1, initial_model=site_data.Net())
-    job.set_app_packages(["gradleak"])  # it is installed: its source need not travel with the job
+    if hasattr(job, "set_app_packages"):  # since NVFlare 2.7: what is installed need not travel with the job
+        job.set_app_packages(["gradleak"])
     for site in SITES:
         job.to(ScriptRunner(script="client.py"), site)
         leak = LeakFilter(

@@ -48,14 +48,14 @@ class _SeesUpdates(FLComponent):
         """Remember W: NVFlare forgets a task's data before the filters of its result run."""
         if event_type != EventType.BEFORE_TASK_EXECUTION:
             return
-        task = fl_ctx.get_prop(FLContextKey.TASK_DATA)
+        self._global = {}
         try:
-            sent = from_shareable(task)
-        except Exception:  # a task without a DXO, such as one that asks for statistics
-            return
-        if sent.data_kind == DataKind.WEIGHTS and sent.data:
-            # copies: an executor may train in place
-            self._global = {name: _tensor(t).clone() for name, t in sent.data.items()}
+            sent = from_shareable(fl_ctx.get_prop(FLContextKey.TASK_DATA))
+            if sent.data_kind == DataKind.WEIGHTS:
+                # copies: an executor may train in place
+                self._global = {name: _tensor(t).clone() for name, t in sent.data.items()}
+        except Exception as fault:  # a task without a DXO, or whose arrays are fetched later: a result then has no update
+            self.log_debug(fl_ctx, f"no weights in this task: {fault}", fire_event=False)
 
     def network(self) -> nn.Module:
         """F, as ``model`` names or describes it."""
@@ -72,8 +72,8 @@ class _SeesUpdates(FLComponent):
         weights = getattr(self, "_global", None)
         if not weights:
             raise ObservationError(
-                "no weights came with the task, so the update is not known; is the component in the client's configuration, "
-                "and does the workflow send DXOs of kind WEIGHTS?"
+                "no weights came with the task, so the update is not known: the workflow has to send DXOs of kind WEIGHTS, and "
+                "the client to train in process (an external process fetches its arrays by itself)"
             )
         after = {name: _tensor(t) for name, t in dxo.data.items()}
         if dxo.data_kind == DataKind.WEIGHT_DIFF:

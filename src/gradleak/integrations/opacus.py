@@ -127,7 +127,10 @@ class observe_private(observe):
 
 def plain_model(model: GradSampleModule) -> nn.Module:
     """A copy of what Opacus wrapped, without the hooks that record single images' gradients: F, for an attack."""
-    standard: nn.Module = copy.deepcopy(model).to_standard_module()
+    duplicate = copy.deepcopy(model)
+    for p in duplicate.parameters():
+        p.grad_sample = None  # a copy of a parameter has lost it, and Opacus deletes it
+    standard: nn.Module = duplicate.to_standard_module()
     return standard
 
 
