@@ -174,7 +174,7 @@ does what your own model prints.
 | command | the object |
 | --- | --- |
 | `audit`, `invert`, `evaluate` | the content of [`result.json`](../architecture.md#resultjson), with `folder` and `report` |
-| `audit` with `[matrix]` | that of [`matrix.json`](../architecture.md#matrix-folder-audit-with-matrix), with `folder` and `report` |
+| `audit` with `[matrix]` | that of [`matrix.json`](../architecture.md#matrix-folder-audit-with-matrix), likewise |
 | `capture` | `update`, `truth` (paths), `numbers` in the update, `images` |
 | `convert`, `validate`, `check` | what the lines for people say, by name |
 | `purge` | `folder`, and the paths that were `removed` and `rewritten` |
