@@ -142,7 +142,7 @@ def command_line() -> str:
         within = command.make_context(name, [], parent=context, resilient_parsing=True)
         pieces = " ".join(command.collect_usage_pieces(within))
         lines += ["", f"## {name}", "", "```text", f"gradleak {name} {pieces}", "```", "", *_paragraphs(command.help), ""]
-        lines += ["| | default | meaning |", "| --- | --- | --- |"]
+        lines += ["| argument or option | default | meaning |", "| --- | --- | --- |"]
         for parameter in command.params:
             shown = " ".join(p for p in (parameter.opts[-1], parameter.metavar or "") if p)
             shown = shown if parameter.param_type_name == "option" else parameter.metavar
