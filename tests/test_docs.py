@@ -55,9 +55,8 @@ def check_command(arguments: list[str]) -> None:
     name, *rest = arguments
     if name.startswith("--") or name == "COMMAND":
         return
-    context = COMMANDS[name].make_context(name, list(rest)) if "--help" not in rest else None
-    overrides = [] if context is None else context.params.get("set_") or []
-    overrides += [f"attack.name={context.params['attack']}"] if context is not None and context.params.get("attack") else []
+    given: dict[str, Any] = {} if "--help" in rest else COMMANDS[name].make_context(name, list(rest)).params
+    overrides = [*(given.get("set_") or ()), *([f"attack.name={given['attack']}"] if given.get("attack") else [])]
     overrides = [text for text in overrides if "$" not in text and "PRESET" not in text]
     known = spec.load(None, overrides)
     parse(known.defence)
