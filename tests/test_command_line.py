@@ -254,5 +254,7 @@ def test_public_names_are_functions_and_not_modules() -> None:
         "assert all(getattr(gradleak, name) is getattr(api, name) for name in api.__all__)\n"
         "assert set(api.__all__) == set(gradleak.__all__) <= set(dir(gradleak))\n"
         "assert gradleak.federation.__name__ == 'gradleak.federation'\n"
+        "import copy\n"  # by what Ray serialises too: a function that uses the package must reach its workers
+        "assert copy.deepcopy(gradleak) is gradleak\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

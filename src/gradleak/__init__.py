@@ -47,6 +47,10 @@ class _Package(ModuleType):
         if not (name in _FUNCTIONS and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Ray sends functions to its workers with the modules that they use, and knows only plain ones
+        return import_module, (self.__name__,)
+
     def __dir__(self) -> list[str]:
         return sorted({*globals(), *import_module("gradleak.api").__all__})
 
