@@ -40,7 +40,7 @@ def mathml(tex: str, *, display: bool) -> str:
 
 
 class _Inline(InlineProcessor):
-    def handleMatch(self, m: re.Match[str], data: str) -> tuple[str, int, int]:  # type: ignore[override]  # noqa: N802
+    def handleMatch(self, m: re.Match[str], data: str) -> tuple[str, int, int]:  # type: ignore[override]
         return self.md.htmlStash.store(mathml(m[1], display=False)), m.start(0), m.end(0)
 
 
@@ -62,7 +62,7 @@ class _Display(BlockProcessor):
 class Formulas(Extension):
     """``$...$`` and ``$$...$$`` in Markdown."""
 
-    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
+    def extendMarkdown(self, md: Markdown) -> None:
         # below code in backticks, above emphasis and escapes
         md.inlinePatterns.register(_Inline(r"\$(?!\s)((?:[^$\\]|\\.)+?)(?<!\s)\$(?!\d)", md), "formula", 185)
         md.parser.blockprocessors.register(_Display(md.parser), "formula", 175)
@@ -97,8 +97,9 @@ def markdown(docstring: str) -> str:
 
 
 def _link(m: re.Match[str]) -> str:
-    name = " ".join(m[1].split())
-    return f'<autoref optional identifier="{escape(name)}"><code>{escape(name.rpartition(".")[2]).replace("_", "&#95;")}</code></autoref>'
+    name = escape(" ".join(m[1].split()))
+    shown = name.rpartition(".")[2].replace("_", "&#95;")  # not emphasis
+    return f'<autoref optional identifier="{name}"><code>{shown}</code></autoref>'
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -141,7 +142,7 @@ def command_line() -> str:
         within = command.make_context(name, [], parent=context, resilient_parsing=True)
         pieces = " ".join(command.collect_usage_pieces(within))
         lines += ["", f"## {name}", "", "```text", f"gradleak {name} {pieces}", "```", "", *_paragraphs(command.help), ""]
-        lines += ["| | default | meaning |", "| --- | --- | --- |"]
+        lines += ["| argument or option | default | meaning |", "| --- | --- | --- |"]
         for parameter in command.params:
             shown = " ".join(p for p in (parameter.opts[-1], parameter.metavar or "") if p)
             shown = shown if parameter.param_type_name == "option" else parameter.metavar
@@ -173,7 +174,7 @@ does what your own model prints.
 | command | the object |
 | --- | --- |
 | `audit`, `invert`, `evaluate` | the content of [`result.json`](../architecture.md#resultjson), with `folder` and `report` |
-| `audit` with `[matrix]` | the content of [`matrix.json`](../architecture.md#matrix-folder-audit-with-matrix), with `folder` and `report` |
+| `audit` with `[matrix]` | that of [`matrix.json`](../architecture.md#matrix-folder-audit-with-matrix), likewise |
 | `capture` | `update`, `truth` (paths), `numbers` in the update, `images` |
 | `convert`, `validate`, `check` | what the lines for people say, by name |
 | `purge` | `folder`, and the paths that were `removed` and `rewritten` |
