@@ -4,6 +4,7 @@
 # make fuzz: at least 100,000 generated inputs to the parsers, counted in docs/reliability/; make -j2 fuzz on two cores
 # make oldest, make newest: the test suite with the oldest versions that pyproject.toml allows, and with the newest there are
 # make constraints: constraints.txt anew, from the versions of make test
+# make docs: the documentation as a site, in site/
 # make sbom, make audit-dependencies: what is installed (CycloneDX), and what is known to be vulnerable in it (needs a network)
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +16,7 @@ FUZZ_HYPOTHESIS ?= 2500
 FUZZ_MUTATIONS ?= 10000
 FUZZ_SEED := $(or $(FUZZ_SEED),$(shell date +%s))
 
-.PHONY: demo test faults fuzz fuzz-hypothesis fuzz-mutations oldest newest constraints sbom audit-dependencies clean
+.PHONY: demo test faults fuzz fuzz-hypothesis fuzz-mutations oldest newest constraints docs sbom audit-dependencies clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gradleak audit --out demo --force
@@ -55,6 +56,9 @@ constraints: $(VENV)/.installed-test
 	{ sed -n '/^[^#]/q;p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | grep '=='; } > .constraints.new
 	mv .constraints.new constraints.txt
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 sbom: $(VENV)/.installed $(TOOLS)/.installed
 	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-format JSON --output-file sbom.json $(BIN)/python
 
@@ -76,8 +80,12 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,frameworks]'
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) $(TOOLS) .venv-oldest .venv-newest demo sbom.json
+	rm -rf $(VENV) $(TOOLS) .venv-oldest .venv-newest demo site sbom.json

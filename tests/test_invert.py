@@ -284,7 +284,7 @@ def test_progress_lines(truth: Truth, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_the_truth_never_enters() -> None:
     """No argument of the loop, and no field of what an attack is given, is or holds a Truth."""
-    known = {"observation", "attack", "client", "labels", "seed", "progress", "checkpoint", "stop", "memory_limit_mb"}
+    known = {"observation", "attack", "client", "labels", "seed", "progress", "checkpoint", "stop", "watch", "memory_limit_mb"}
     assert set(inspect.signature(invert).parameters) == known
     given: list[Any] = [Observation, FedSGD, Labels, Problem, Attack, CINetAttack]
     names = [field.name for kind in given if dataclasses.is_dataclass(kind) for field in dataclasses.fields(kind)]

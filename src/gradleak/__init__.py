@@ -48,8 +48,8 @@ class _Package(ModuleType):
             super().__setattr__(name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Ray and others send functions of a script with the modules that they use
-        return import_module, (__name__,)
+        # Ray sends functions to its workers with the modules that they use, and knows only plain ones
+        return import_module, (self.__name__,)
 
     def __dir__(self) -> list[str]:
         return sorted({*globals(), *import_module("gradleak.api").__all__})

@@ -56,10 +56,10 @@ class Truth:
     labels: Tensor
     names: tuple[str, ...] = ()
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write ``images`` and ``labels`` to a safetensors file (personal data: keep it where the client's data is)."""
         write_tensors(
-            path,
+            Path(path),
             {"images": self.images, "labels": self.labels},
             {"format": TRUTH_FORMAT, "version": str(VERSION), "names": json.dumps(self.names)},
         )
@@ -158,7 +158,7 @@ class Observation:
             grants.add("surrogate-data")
         return frozenset(grants)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write a safetensors file: ``update/NAME``, ``weights/NAME``, ``buffers/NAME``, ``labels``,
         ``statistics/LAYER/mean`` and ``statistics/LAYER/variance``; the rest as JSON.
         """
@@ -178,7 +178,7 @@ class Observation:
             "surrogate_data": self.surrogate_data,
             "normalisation": None if self.normalisation is None else self.normalisation._asdict(),
         }
-        write_tensors(path, tensors, {"format": FORMAT, "version": str(VERSION), "observation": json.dumps(header)})
+        write_tensors(Path(path), tensors, {"format": FORMAT, "version": str(VERSION), "observation": json.dumps(header)})
 
     @staticmethod
     def load(path: Path, *, loss: str | None = None) -> Observation:
