@@ -12,14 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvflare.apis.dxo import DXO, DataKind, from_shareable
-from nvflare.apis.dxo_filter import DXOFilter
-from nvflare.apis.event_type import EventType
-from nvflare.apis.fl_component import FLComponent
-from nvflare.apis.fl_constant import FLContextKey
-from nvflare.apis.fl_context import FLContext
-from nvflare.apis.shareable import Shareable
-from nvflare.app_common.app_constant import AppConstants
 from torch import Tensor, nn
 
 from gradleak import models
@@ -32,6 +24,18 @@ from gradleak.observation import Observation, Truth
 from gradleak.run import attack_observation, prepare
 from gradleak.spec import ClientSpec, parse
 from gradleak.updates import from_weights
+
+try:
+    from nvflare.apis.dxo import DXO, DataKind, from_shareable
+    from nvflare.apis.dxo_filter import DXOFilter
+    from nvflare.apis.event_type import EventType
+    from nvflare.apis.fl_component import FLComponent
+    from nvflare.apis.fl_constant import FLContextKey
+    from nvflare.apis.fl_context import FLContext
+    from nvflare.apis.shareable import Shareable
+    from nvflare.app_common.app_constant import AppConstants
+except ImportError as cause:
+    raise ImportError(f'{__name__} needs NVFlare ({cause}); install it with: pip install "gradleak[nvflare]"') from cause
 
 KINDS = [DataKind.WEIGHT_DIFF, DataKind.WEIGHTS]
 
