@@ -24,10 +24,11 @@ from PIL import Image
 from torch import Tensor
 
 from gradleak import data, defences, models, results, spec
+from gradleak.archive import read_archive
 from gradleak.client import simulate
 from gradleak.dcgan import Generator
-from gradleak.errors import GradleakError
-from gradleak.evaluate import evaluate, label_scores
+from gradleak.errors import GradleakError, ObservationError
+from gradleak.evaluate import evaluate, target_scores
 from gradleak.metrics import load_lpips
 from gradleak.observation import Observation, Truth
 from gradleak.protocols import FedSGD
@@ -35,7 +36,8 @@ from gradleak.report import ReportData
 from gradleak.report.html import render
 from gradleak.run import spec_for
 from gradleak.spec import ClientSpec, DataSpec, DefenceSpec, ModelSpec
-from gradleak.tensors import read_tensors, write_tensors
+from gradleak.tensors import read_checkpoint, read_tensors, write_tensors
+from gradleak.updates import read_arrays
 
 #: (target, "accepted" or "refused") -> how many inputs.
 COUNTS: Counter[tuple[str, str]] = Counter()
@@ -114,7 +116,7 @@ def observation(content: bytes) -> None:
     again = Observation.load(folder() / "again.safetensors")
     assert same(read.update, again.update)
     assert same(read.weights, again.weights)
-    for key in ("image_shape", "batch", "protocol", "model", "defences", "surrogate_data"):
+    for key in ("image_shape", "batch", "protocol", "model", "defences", "surrogate_data", "normalisation"):
         assert getattr(read, key) == getattr(again, key), key
     spec_for(read, model=None, overrides=[], where="u.safetensors")
     defences.parse(read.defences)
@@ -129,7 +131,7 @@ def truth(content: bytes) -> None:
     assert torch.equal(read.images, again.images)
     assert torch.equal(read.labels, again.labels)
     assert read.names == again.names
-    label_scores(read.labels, read.labels)
+    target_scores(read.labels, read.labels)
     if read.images.numel() < 5000:
         evaluate(torch.zeros_like(read.images), read, lpips="off")
 
@@ -178,6 +180,25 @@ def npz(content: bytes) -> None:
     read = data.load(DataSpec(source=f"npz:{path}", batch=1))
     np.savez(folder() / "b.npz", x=read.images.permute(0, 2, 3, 1).contiguous().numpy(), y=read.labels.numpy())
     check_images(read)
+
+
+@target
+def archive(content: bytes) -> None:
+    """A NumPy archive of gradients or weights: by name, or in order."""
+    read = read_arrays(put("g.npz", content))
+    named = {f"arr_{i}": a for i, a in enumerate(read)} if isinstance(read, list) else dict(read)
+    np.savez(folder() / "again.npz", **named)
+    again = read_archive(folder() / "again.npz", error=ObservationError)
+    assert named.keys() == again.keys()
+    assert all(np.array_equal(a, again[name], equal_nan=a.dtype.kind in "fc") for name, a in named.items())
+
+
+@target
+def checkpoint(content: bytes) -> None:
+    """What ``torch.save`` wrote of a state_dict, as ``convert`` reads it."""
+    read = read_checkpoint(put("w.pt", content))
+    assert read
+    assert sum(t.numel() * t.element_size() for t in read.values()) <= 2 * len(content)
 
 
 @target
@@ -231,8 +252,11 @@ def reconstruction(content: bytes) -> None:
 def check_images(read: Truth) -> None:
     assert read.images.dtype == torch.float32
     assert 0 <= read.images.min() <= read.images.max() <= 1
-    assert read.labels.dtype == torch.int64
-    assert read.labels.min() >= 0
+    if read.labels.is_floating_point():
+        assert read.labels.isfinite().all()
+    else:
+        assert read.labels.dtype == torch.int64
+        assert read.labels.min() >= 0
 
 
 MODEL = ModelSpec(name="lenet", num_classes=3)
@@ -283,6 +307,11 @@ def seeds() -> dict[str, list[bytes]]:
         stream = io.BytesIO()
         save(stream, x=np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3), y=np.array([0, 1]))
         archives.append(stream.getvalue())
+    by_name, in_order, saved, nested = (io.BytesIO() for _ in range(4))
+    np.savez(by_name, **{"a.weight": np.ones((2, 3), np.float32), "a.bias": np.zeros(2), "steps": np.array(3)})
+    np.savez_compressed(in_order, np.ones((2, 3), np.float32), np.asfortranarray(np.ones((2, 2))))
+    torch.save({"a.weight": torch.ones(2, 3), "steps": torch.tensor(3)}, saved)
+    torch.save({"epoch": 2, "state_dict": {"a.weight": torch.ones(2, 3)}}, nested)
     metrics = {"psnr": {"mean": 20.0, "median": 20.0, "worst": 10.0, "std": 1.0}}
     row = {"round": 1, "loss": 0.5, "learning_rate": 0.1, "seconds": 0.2}
     outcome = {
@@ -319,6 +348,8 @@ def seeds() -> dict[str, list[bytes]]:
         "generator": [files["generator"]],
         "reconstruction": [files["run"]],
         "npz": archives,
+        "archive": [by_name.getvalue(), in_order.getvalue()],
+        "checkpoint": [saved.getvalue(), nested.getvalue()],
         "labels": shapes,
         "image": [
             png(6, format="PNG"),

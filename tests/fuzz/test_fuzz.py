@@ -24,7 +24,20 @@ VALUES = st.recursive(
     SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=4), x, max_size=3), max_leaves=5
 )
 
-BINARY = ("safetensors", "weights", "backbone", "observation", "truth", "generator", "reconstruction", "npz", "labels", "image")
+BINARY = (
+    "safetensors",
+    "weights",
+    "backbone",
+    "observation",
+    "truth",
+    "generator",
+    "reconstruction",
+    "npz",
+    "archive",
+    "checkpoint",
+    "labels",
+    "image",
+)
 JSON_LIKE = ("result", "history")
 
 
