@@ -176,7 +176,8 @@ does what your own model prints.
 | `audit`, `invert`, `evaluate` | the content of [`result.json`](../architecture.md#resultjson), with `folder` and `report` |
 | `audit` with `[matrix]` | that of [`matrix.json`](../architecture.md#matrix-folder-audit-with-matrix), likewise |
 | `capture` | `update`, `truth` (paths), `numbers` in the update, `images` |
-| `convert`, `validate`, `check` | what the lines for people say, by name |
+| `convert` | `update` (path), `numbers` in it, `images`, and the names of the parameters that were `sent` |
+| `validate`, `check` | what the lines for people say, by name |
 | `purge` | `folder`, and the paths that were `removed` and `rewritten` |
 | `train-generator` | `generator` (path), `images`, `rounds`, `parameters` |
 | `list` | names and lines by kind; with a name its `settings` |
