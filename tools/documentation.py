@@ -34,7 +34,9 @@ FROM_THE_ROOT = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributin
 
 def mathml(tex: str, *, display: bool) -> str:
     """A formula as MathML."""
-    tex = tex.replace(r"\operatorname*", r"\operatorname")
+    # what latex2mathml does not know
+    tex = re.sub(r"\\operatorname\*?\s*\{([^}]*)\}", lambda m: rf"\mathrm{{{m[1]}}}".replace(r"\,", ""), tex)
+    tex = re.sub(r"\\arg\b", r"\\mathrm{arg}\\,", tex)
     converted = latex2mathml.converter.convert(tex.strip(), display="block" if display else "inline")
     return f'<div class="formula">{converted}</div>' if display else converted
 
