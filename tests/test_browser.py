@@ -18,6 +18,8 @@ from PIL import Image
 
 from gradleak.layers import Layer
 from gradleak.report import MatrixData, ReportData, render, render_matrix
+from gradleak.run import audit
+from gradleak.spec import parse
 from test_report import HOSTILE, photographs, report_data, shown_order, without_truth
 
 api = pytest.importorskip("playwright.sync_api", reason="needs Playwright (pip install playwright)")
@@ -116,6 +118,36 @@ def report(data: ReportData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     path.write_text(render(data), encoding="utf-8")
     return path
+
+
+def test_the_report_of_a_real_run(browser: Any, tmp_path: Path) -> None:
+    """With what a run can write into it: a defence, a control, layers, intermediate pictures."""
+    spec = parse(
+        {
+            "device": "cpu",
+            "threads": 1,
+            "data": {"source": "sample", "batch": 3, "size": 16},
+            "model": {"name": "lenet", "width": 2, "num_classes": 8},
+            "defence": [{"name": "gaussian", "sigma": 0.1}],
+            "attack": {"name": "cinet", "rounds": 3, "channels": 4},
+            "evaluate": {"lpips": "off", "candidates": 6, "controls": True},
+        }
+    )
+    audit(spec, tmp_path / "run", progress=False, command="gradleak audit spec.toml --out run")
+    page = browser.new_page()
+    visit = Visit(page, tmp_path / "run" / "report.html")
+    assert visit.unloaded() == []
+    assert page.locator(".card").count() == 3
+    links = page.locator("nav a")
+    names = ["Pictures", "Every image", "Rounds", "Layers", "Defences", "Assumptions", "Controls", "What to change"]
+    assert links.all_inner_texts() == [*names, "How to repeat"]
+    for i in range(links.count()):
+        assert page.locator(str(links.nth(i).get_attribute("href"))).is_visible()
+    assert "recognisable to a stranger under these assumptions (SSIM ≥ 0.60)" in page.locator(".verdict").inner_text()
+    assert "labels granted" in page.locator(".given").inner_text()
+    assert page.locator("pre#command").inner_text().startswith("gradleak audit spec.toml --out run\n# seed 0")
+    assert visit.faults == []
+    page.close()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 pytest.importorskip("nvflare", reason='NVFlare is not installed: pip install "gradleak[nvflare]"')
@@ -30,7 +30,7 @@ from gradleak.integrations.nvflare import CINetInverter, LeakFilter
 from gradleak.models import import_function
 from gradleak.observation import Observation
 
-JOB = Path(__file__).with_name("nvflare_job")
+JOB = Path(__file__).parents[1] / "examples" / "nvflare"
 DATA = f"{JOB / 'site_data.py'}"
 SHAPE, RATE = [3, 16, 16], 0.5
 ATTACK = {"name": "cinet", "rounds": 2, "channels": 8}
@@ -41,13 +41,24 @@ def _one_thread(_threads: None) -> None:
     torch.set_num_threads(1)
 
 
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    network = import_function(f"{DATA}:Net")()
+    assert isinstance(network, nn.Module)
+    return network
+
+
+def missing(site: str, round: int) -> object:
+    raise FileNotFoundError("the images are gone")
+
+
 def weights() -> dict[str, Tensor]:
-    return {name: t.clone() for name, t in import_function(f"{DATA}:seeded")().state_dict().items()}
+    return {name: t.clone() for name, t in build().state_dict().items()}
 
 
 def trained() -> dict[str, Tensor]:
     """The weights after one step on the images of ``site-1``."""
-    model, own = import_function(f"{DATA}:seeded")(), import_function(f"{DATA}:batch")("site-1", 0)
+    model, own = build(), import_function(f"{DATA}:batch")("site-1", 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     cross_entropy(model(own.images), own.labels).backward()
     optimizer.step()
@@ -86,7 +97,7 @@ def test_what_is_recorded_is_the_change_of_the_weights(kind: str, tmp_path: Path
     leak.process(result(kind), begin(leak))
     observation = Observation.load(tmp_path / "round-0-site-1.safetensors")
     before, after = weights(), trained()
-    assert observation.update.keys() == dict(import_function(f"{DATA}:Net")().named_parameters()).keys()
+    assert observation.update.keys() == dict(build().named_parameters()).keys()
     for name, tensor in observation.update.items():
         torch.testing.assert_close(tensor, before[name] - after[name], rtol=1e-5, atol=1e-8)
     assert all(torch.equal(t, before[name]) for name, t in {**observation.weights, **observation.buffers}.items())
@@ -105,7 +116,7 @@ def test_a_result_is_emptied_where_its_leak_exceeds_the_threshold(threshold: flo
 
 @pytest.mark.parametrize("block", [True, False])
 def test_what_cannot_be_audited_leaves_only_where_nothing_is_blocked(block: bool) -> None:
-    leak = make_filter(truth=f"{DATA}:missing", block=block)
+    leak = make_filter(truth=f"{__file__}:missing", block=block)
     assert bool(from_shareable(leak.process(result(), begin(leak))).data) != block
 
 
@@ -141,7 +152,7 @@ def test_an_inverter_gives_the_images_of_the_attack(tmp_path: Path) -> None:
     leak.process(result(), begin(leak))
     own = import_function(f"{DATA}:batch")("site-1", 0)
     observation = Observation.load(tmp_path / "round-0-site-1.safetensors")
-    expected = gl.measure_leak(observation, import_function(f"{DATA}:Net")(), own, attack=ATTACK)
+    expected = gl.measure_leak(observation, build(), own, attack=ATTACK)
     assert torch.equal(images, expected.reconstruction.images)
 
 
@@ -155,11 +166,13 @@ def test_faults_are_named() -> None:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a real job left: one round of two sites in NVFlare's simulator (``nvflare_job/job.py``)."""
+    """What a real job left: one round of two sites in NVFlare's simulator (``examples/nvflare``)."""
     folder = tmp_path_factory.mktemp("nvflare")
-    shutil.copytree(JOB, folder / "job")
+    shutil.copytree(JOB, folder / "job", ignore=shutil.ignore_patterns("__pycache__"))
     environment = {**os.environ, "PYTHONPATH": str(Path(gl.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "job.py", str(folder / "workspace"), str(folder / "records")]
+    command = [sys.executable, "job.py", "--workspace", str(folder / "workspace"), "--records", str(folder / "records")]
+    # two rounds, so that it takes no time; a threshold that everything exceeds
+    command += ["--rounds", "2", "--threshold", "0", "--only-warn", "site-2"]
     ran = subprocess.run(command, cwd=folder / "job", env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
     return folder
@@ -181,6 +194,6 @@ def test_in_a_job_the_record_is_what_the_operator_computes(job: Path) -> None:
     """The operator of the recorded observation explains the update by the images of that site."""
     observation = Observation.load(job / "records" / "round-0-site-2.safetensors")
     own = import_function(f"{DATA}:batch")("site-2", 0)
-    update = gl.operator(observation, import_function(f"{DATA}:Net")())(own.images, own.labels)
+    update = gl.operator(observation, build())(own.images, own.labels)
     for name, tensor in observation.update.items():
         torch.testing.assert_close(update[name], tensor, rtol=1e-3, atol=1e-6)

@@ -743,7 +743,7 @@ def _finish(
         result["redacted"] = True
         truth = None if truth is None else dataclasses.replace(truth, names=())  # of files or people
     frames = snapshots.float() / 255 if len(snapshots) else None
-    quality: dict[str, list[Any]] = {}
+    quality: dict[str, list[Any]] = {} if frames is None else {"round": list(snapshot_rounds)}
     if truth is None:
         result["verdict"] = (
             "No truth was given, so how close these images are to the client's is unknown: look at them, or score them with "
@@ -757,7 +757,7 @@ def _finish(
             labels, truth.labels, classes=result["labels"].get("classes"), assignment=evaluation.assignment
         )
         if frames is not None:
-            quality = {"round": list(snapshot_rounds), **quality_over_rounds(frames, truth)}
+            quality |= quality_over_rounds(frames, truth)
             result["quality"] = quality
     mean_ssim = ((result.get("metrics") or {}).get("ssim") or {}).get("mean")
     doubt = remark(mean_ssim, result.get("controls"), image_sensitivity=result.get("image_sensitivity"))

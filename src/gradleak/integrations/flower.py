@@ -14,9 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
 from gradleak.errors import ObservationError, SpecError, nearest
@@ -24,6 +21,13 @@ from gradleak.integrations.outgoing import WITHHELD, Outgoing, make_folder
 from gradleak.observation import Observation, Truth
 from gradleak.spec import ClientSpec, DefenceSpec
 from gradleak.updates import from_gradient, from_weights
+
+try:
+    from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord
+    from flwr.serverapp import Grid
+    from flwr.serverapp.strategy import Strategy
+except ImportError as cause:
+    raise ImportError(f'{__name__} needs Flower ({cause}); install it with: pip install "gradleak[flower]"') from cause
 
 ClientFunction = Callable[[Message, Context], Message]
 Mod = Callable[[Message, Context, ClientFunction], Message]

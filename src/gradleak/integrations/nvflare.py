@@ -6,20 +6,12 @@ configuration: a model and the images are named as ``package.module:function`` o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from nvflare.apis.dxo import DXO, DataKind, from_shareable
-from nvflare.apis.dxo_filter import DXOFilter
-from nvflare.apis.event_type import EventType
-from nvflare.apis.fl_component import FLComponent
-from nvflare.apis.fl_constant import FLContextKey
-from nvflare.apis.fl_context import FLContext
-from nvflare.apis.shareable import Shareable
-from nvflare.app_common.app_constant import AppConstants
 from torch import Tensor, nn
 
 from gradleak import models
@@ -32,6 +24,18 @@ from gradleak.observation import Observation, Truth
 from gradleak.run import attack_observation, prepare
 from gradleak.spec import ClientSpec, parse
 from gradleak.updates import from_weights
+
+try:
+    from nvflare.apis.dxo import DXO, DataKind, from_shareable
+    from nvflare.apis.dxo_filter import DXOFilter
+    from nvflare.apis.event_type import EventType
+    from nvflare.apis.fl_component import FLComponent
+    from nvflare.apis.fl_constant import FLContextKey
+    from nvflare.apis.fl_context import FLContext
+    from nvflare.apis.shareable import Shareable
+    from nvflare.app_common.app_constant import AppConstants
+except ImportError as cause:
+    raise ImportError(f'{__name__} needs NVFlare ({cause}); install it with: pip install "gradleak[nvflare]"') from cause
 
 KINDS = [DataKind.WEIGHT_DIFF, DataKind.WEIGHTS]
 
@@ -95,7 +99,7 @@ class LeakFilter(_SeesUpdates, DXOFilter):
     Args:
         model: F by name (``package.module:function``, or a built-in one), or the table ``[model]`` of a specification.
         truth: Function of ``site`` (name) and ``round`` (number) that gives the :class:`~gradleak.observation.Truth` of that
-            round: the images in [0, 1] that the site trains on.
+            round: the images in [0, 1] that the site trains on. By its name in a job, else also itself.
         image_shape: C, H, W.
         client: What the site does with its batch: the keys of ``[client]``; None: one step on all images.
         threshold: The largest leak score that is let pass.
@@ -114,7 +118,7 @@ class LeakFilter(_SeesUpdates, DXOFilter):
     def __init__(
         self,
         model: str | dict[str, Any],
-        truth: str,
+        truth: str | Callable[..., Truth],
         image_shape: Sequence[int],
         client: dict[str, Any] | None = None,
         threshold: float = RECOGNISABLE_SSIM,
@@ -137,17 +141,17 @@ class LeakFilter(_SeesUpdates, DXOFilter):
     def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO | None:
         """The result, emptied if it must not leave; None where nothing was changed."""
         number = _round(dxo, shareable, fl_ctx)
-        if number is not None and (number < self.start_round or number % self.frequency):
+        if number < self.start_round or number % self.frequency:
             return None
         site = fl_ctx.get_identity_name()
         try:
-            passes = self._passes(dxo, site=site, number=number or 0)
+            passes = self._passes(dxo, site=site, number=number)
         except Exception as fault:  # whatever it is, it must not cost the round
             passes = not self.block
-            self.log_warning(fl_ctx, f"round {number}: could not be audited: {fault}")
+            self.log_warning(fl_ctx, f"round {number}: could not be audited: {fault}", fire_event=False)
         if passes:
             return None
-        self.log_warning(fl_ctx, f"round {number}: the update is withheld")
+        self.log_warning(fl_ctx, f"round {number}: the update is withheld", fire_event=False)
         dxo.data = {}
         return dxo
 
@@ -158,7 +162,8 @@ class LeakFilter(_SeesUpdates, DXOFilter):
             audit={"attack": self.attack or dict(QUICK), "threshold": self.threshold},
             block=self.block,
         )
-        own = import_function(self.truth, error=DataError)(site=site, round=number)
+        function = import_function(self.truth, error=DataError) if isinstance(self.truth, str) else self.truth
+        own = function(site=site, round=number)
         if not isinstance(own, Truth):
             raise DataError(f"{self.truth}: returned {type(own).__name__}, expected a gradleak Truth")
         network = self.network()
@@ -208,8 +213,8 @@ def _tensor(array: Any) -> Tensor:
     return array.detach().cpu() if isinstance(array, Tensor) else torch.from_numpy(np.asarray(array))
 
 
-def _round(dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> int | None:
-    """The round, wherever the workflow says it."""
+def _round(dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> int:
+    """The round, wherever the workflow says it; 0 where it does not."""
     for found in (
         dxo.get_meta_prop(AppConstants.CURRENT_ROUND),
         shareable.get_header(AppConstants.CURRENT_ROUND),
@@ -217,4 +222,4 @@ def _round(dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> int | None:
     ):
         if found is not None:
             return int(found)
-    return None
+    return 0

@@ -12,9 +12,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from opacus import GradSampleModule, PrivacyEngine
-from opacus.accountants import IAccountant, create_accountant
-from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -26,6 +23,13 @@ from gradleak.observation import Truth
 from gradleak.protocols import training_loss
 from gradleak.spec import ClientSpec
 from gradleak.updates import observe
+
+try:
+    from opacus import GradSampleModule, PrivacyEngine
+    from opacus.accountants import IAccountant, create_accountant
+    from opacus.optimizers import DPOptimizer
+except ImportError as cause:
+    raise ImportError(f'{__name__} needs Opacus ({cause}); install it with: pip install "gradleak[opacus]"') from cause
 
 
 def dp_sgd(optimizer: DPOptimizer, accountant: IAccountant, *, delta: float = 1e-5) -> DPSGD:

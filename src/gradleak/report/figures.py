@@ -210,7 +210,7 @@ def lines_svg(lines: Sequence[Line], *, label: str, right: str, top: float = 1.0
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_style(label))
-        figure = Figure(figsize=(6.4, 3.0), layout="constrained")
+        figure = Figure(figsize=(5.2, 2.8), layout="constrained")
         axes = figure.subplots()
         drawn = [f"#0501{i:02x}" for i in range(len(lines))]
         for line, colour in zip(lines, drawn, strict=True):

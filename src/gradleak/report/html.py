@@ -49,7 +49,7 @@ class ReportData:
         truth: The private batch, or ``None`` when there is none: then reconstructions are shown alone, without metrics.
         snapshots: S x B x C x H x W intermediate reconstructions, in the order of ``images``.
         history: Rows with ``round``, ``loss``, ``learning_rate`` and ``seconds``.
-        quality: ``{"round": [...], "psnr": [...], "ssim": [...]}``, one entry per snapshot; empty without truth.
+        quality: ``{"round": [...], "psnr": [...], "ssim": [...]}``, one entry per snapshot; without truth ``round`` alone.
     """
 
     result: dict[str, Any]
@@ -167,7 +167,7 @@ def _sections(values: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _verdict(result: dict[str, Any]) -> tuple[str, str, str]:
     """The verdict's first sentence, what follows it, and the doubt in it (:func:`gradleak.evaluate.remark`)."""
-    text = str(result.get("verdict") or "").replace(" >= ", " ≥ ")
+    text = str(result.get("verdict") or "").replace(" >= ", " ≥ ").replace("`", "")
     mean_ssim = ((result.get("metrics") or {}).get("ssim") or {}).get("mean")
     doubt = remark(mean_ssim, result.get("controls"), image_sensitivity=result.get("image_sensitivity"))
     doubt = doubt if doubt in text else ""
