@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -130,6 +131,11 @@ def test_json_of_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "images": 2,
         "truth": "t.safetensors",
     }
+    assert run("validate", "u.safetensors", *own)["fits"] is True
+    weights, _ = read_tensors(Path("u.safetensors"))
+    np.savez("gradient.npz", **{name[7:]: t.numpy() for name, t in weights.items() if name.startswith("update/")})
+    shape = ("--batch", "2", "--image-shape", "3x16x16")
+    assert run("convert", *own, "--gradient", "gradient.npz", *shape, "--out", "c.safetensors")["images"] == 2
     assert "metrics" not in run("invert", "u.safetensors", *own, *few, "--out", "run")
     assert run("evaluate", "run", "--truth", "t.safetensors", "--lpips", "off")["metrics"]["ssim"]["mean"] is not None
     assert run("check", "few.toml", *own)["rounds"] == 2

@@ -112,4 +112,5 @@ def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
         text = page.read_text(encoding="utf-8")
         # what a browser would fetch; a link is followed by a person
         assert not re.search(FETCHED, text), page
+        assert not re.search(r"<m[a-z]+[^>]*>[^<]*\\[^<]*<", text), f"{page}: a command that latex2mathml does not know"
         assert page.parent.name != "reference" or not re.search(r":(?:math|class|func|mod):`", text), page

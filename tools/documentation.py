@@ -34,7 +34,9 @@ FROM_THE_ROOT = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributin
 
 def mathml(tex: str, *, display: bool) -> str:
     """A formula as MathML."""
-    tex = tex.replace(r"\operatorname*", r"\operatorname")
+    # what latex2mathml does not know
+    tex = re.sub(r"\\operatorname\*?\s*\{([^}]*)\}", lambda m: rf"\mathrm{{{m[1]}}}".replace(r"\,", ""), tex)
+    tex = re.sub(r"\\arg\b", r"\\mathrm{arg}\\,", tex)
     converted = latex2mathml.converter.convert(tex.strip(), display="block" if display else "inline")
     return f'<div class="formula">{converted}</div>' if display else converted
 
@@ -176,7 +178,8 @@ does what your own model prints.
 | `audit`, `invert`, `evaluate` | the content of [`result.json`](../architecture.md#resultjson), with `folder` and `report` |
 | `audit` with `[matrix]` | that of [`matrix.json`](../architecture.md#matrix-folder-audit-with-matrix), likewise |
 | `capture` | `update`, `truth` (paths), `numbers` in the update, `images` |
-| `convert`, `validate`, `check` | what the lines for people say, by name |
+| `convert` | `update` (path), `numbers` in it, `images`, and the names of the parameters that were `sent` |
+| `validate`, `check` | what the lines for people say, by name |
 | `purge` | `folder`, and the paths that were `removed` and `rewritten` |
 | `train-generator` | `generator` (path), `images`, `rounds`, `parameters` |
 | `list` | names and lines by kind; with a name its `settings` |

@@ -52,7 +52,7 @@ class ModelSpec(_Table):
     """The attacked model F and its weights W."""
 
     name: str = Field(
-        default="resnet18-cifar", description="a built-in name, torchvision/NAME, file.py:function, module:function"
+        default="resnet18-cifar", description="a built-in name, torchvision/NAME, timm/NAME, file.py:function, module:function"
     )
     width: int | None = Field(
         default=None, ge=1, le=100_000, description="base width of the CIFAR networks (resnet18-cifar: 64)"
