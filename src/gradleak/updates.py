@@ -99,7 +99,8 @@ def from_weights(
     r"""What a server holds that sent weights W and was sent :math:`W_T`: the update is :math:`W - W_T`  (FedAvg).
 
     For ``client.protocol = "fedavg"`` the learning rate, epochs and local batches are known. With ``"fedsgd"`` the change is
-    taken for one gradient of all images times a learning rate that need not be known: the cosine distance ignores it.
+    taken for one gradient of all images times a learning rate that need not be known: the cosine distance ignores it. Label
+    recovery and squared distances do not, so a warning says so where no labels are given.
 
     Args:
         before: W (:data:`Arrays`), with buffers if they are in it; None: those of ``model``.
@@ -118,6 +119,11 @@ def from_weights(
     parameters = {plain_name(name): p for name, p in model.named_parameters()}
     trained = [name for name in new if name in parameters and parameters[name].requires_grad]
     update = {name: (old[name].double() - new[name].double()).float() for name in trained}
+    if labels is None and (client is None or client.protocol == "fedsgd"):
+        log.warning(
+            "the learning rate is not known, so labels that are recovered from this update can be wrong: give labels, or "
+            "client=ClientSpec(protocol='fedavg', learning_rate=...)"
+        )
     size = _norm(update.values())
     # a rounded number is off by up to half its spacing: spacing / sqrt(12) in the mean square
     rounding = _norm(old[name].float() for name in trained) * torch.finfo(torch.float32).eps / 12**0.5
