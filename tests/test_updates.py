@@ -111,6 +111,18 @@ def test_observe_declares_the_normalisation(model: nn.Module, batch: tuple[Tenso
     assert close(operator(seen.observation, model)(*batch), seen.observation.update, atol=1e-6)
 
 
+def test_observe_asks_for_the_normalisation_of_images_outside_the_unit_range(
+    model: nn.Module, batch: tuple[Tensor, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    with gl.observe(model):
+        cross_entropy(model(batch[0]), batch[1]).backward()
+    assert "mean=" not in caplog.text
+    model.zero_grad()
+    with gl.observe(model):
+        cross_entropy(model(4 * batch[0] - 2), batch[1]).backward()
+    assert "give observe mean= and std=" in caplog.text
+
+
 def test_frozen_and_unused_parameters_are_not_matched(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
     model[1].requires_grad_(False)
     model.register_parameter("unused", nn.Parameter(torch.ones(2)))
@@ -127,7 +139,23 @@ def test_observe_says_what_is_missing(model: nn.Module, batch: tuple[Tensor, Ten
         model(batch[0])
     cross_entropy(model(batch[0]), batch[1]).backward()
     with pytest.raises(ObservationError, match="zero_grad"), gl.observe(model):
-        pass
+        cross_entropy(model(batch[0]), batch[1]).backward()
+    with gl.observe(model) as seen:  # as its first line it is as good as before the block
+        model.zero_grad()
+        cross_entropy(model(batch[0]), batch[1]).backward()
+    assert close(seen.observation.update, expected(model, batch))
+    model.zero_grad()
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def epochs() -> None:
+        with gl.observe(model):
+            for _ in range(2):
+                optimiser.zero_grad()
+                cross_entropy(model(batch[0]), batch[1]).backward()
+                optimiser.step()
+
+    with pytest.raises(ObservationError, match=r"several local steps.*fedavg"):
+        epochs()
     model.zero_grad()
     with pytest.raises(ZeroDivisionError), gl.observe(model):  # an error of the loop's own is not covered up
         _ = 1 / 0
@@ -332,7 +360,7 @@ def test_bad_files_are_named(source: str, model: nn.Module, tmp_path: Path) -> N
     (tmp_path / "text.csv").write_text("1, 2")
     np.savez(tmp_path / "objects.npz", a=np.array([{}], object), allow_pickle=True)
     for name, words in {
-        "bomb.pt": "is no file of plain tensors.*torch.save\\(model.state_dict",
+        "bomb.pt": "is no file of plain tensors alone.*torch.save\\(model.state_dict",
         "list.pt": "holds list, expected a state_dict",
         "view.pt": "larger than the file",
         "cut.npz": "not a readable .npz archive",

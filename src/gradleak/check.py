@@ -76,7 +76,10 @@ class Check:
         total = self.seconds_per_round * self.rounds
         size = self.generator.get("generator_parameters")
         channels = self.generator.get("generator_channels")
+        hopeless = not self.determined or self.image_sensitivity < IMAGE_BLIND
         return [
+            f"in short   {'little can come of it: see counting and told' if hopeless else 'nothing here prevents a leak'}; "
+            f"the attack takes about {_duration(total)}",
             f"update     P(F) = {self.update_size:,}",
             f"unknowns   B*C*H*W = {self.unknowns:,}",
             f"counting   {verdict}",

@@ -358,6 +358,8 @@ def invert(
     from gradleak.observation import Observation
 
     _only_one(force=force, resume=resume)
+    if update.suffix == ".toml":
+        raise SpecError(f"{update}: is a specification, and `invert` attacks an update file; use `gradleak audit {update}`")
     observation = Observation.load(update, loss=loss)
     overrides = _overrides(set_, weights=weights, attack=attack, memory_limit=memory_limit)
     spec = run.spec_for(observation, model=model, overrides=overrides, where=str(update))
@@ -475,7 +477,9 @@ def check(
     ),
 )
 def convert(
-    spec: SpecFile = None,
+    spec: Annotated[
+        Path | None, typer.Argument(metavar="SPEC", help="TOML specification of model, client and defences, if there is one")
+    ] = None,
     *,
     model: ModelName = None,
     weights: Weights = None,
@@ -526,8 +530,10 @@ def convert(
 
     if (gradient is None) == (after is None):
         raise SpecError("convert: give either --gradient FILE, or --after FILE with --before FILE")
-    run.prepare_file(out, force=force)
     table = {} if spec is None else read_table(spec)
+    if model is None and "model" not in table and not any(text.startswith("model.name") for text in set_ or []):
+        raise SpecError("convert: name the model that the arrays belong to with --model, for example --model models.py:build")
+    run.prepare_file(out, force=force)
     observation = run.convert(
         override(table, _overrides(set_, model=model, weights=weights)),
         gradient=gradient,
@@ -681,6 +687,8 @@ def main() -> NoReturn:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.captureWarnings(True)
     given = sys.argv[1:]
+    if "--quiet" in given:
+        logging.getLogger("gradleak").setLevel(logging.WARNING)
     as_json = "--json" in given and not {"--help", "-h"} & set(given)
     try:
         if not as_json:
@@ -779,7 +787,7 @@ def _print_result(result: dict[str, Any], folder: Path) -> None:
             f"the classes found, {100 * labels['counts_exact']:.4g} % of the counts exact"
         )
     for name, note in result.get("notes", {}).items():
-        _echo(f"  {name:5}  not computed: {note}")
+        _echo(f"  {name:5}  not computed: {note.partition('. ')[0]}")  # the report has all of it
     cost = result["cost"]
     _echo(f"  {cost['rounds']} rounds in {cost['seconds']:.0f} s; matching loss {result['matching_loss']:.2e}")
     _print_report(folder, result)

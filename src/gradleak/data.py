@@ -123,7 +123,10 @@ def load(spec: DataSpec) -> Truth:
         return sources[kind](spec)
     if kind in readers and path:
         return readers[kind](spec, Path(path).expanduser())
-    raise DataError(f"unknown data.source {spec.source!r}{nearest(spec.source, available())}")
+    there = Path(spec.source).expanduser()
+    prefix = "folder" if there.is_dir() else "npz" if there.is_file() and there.suffix == ".npz" else None
+    hint = nearest(spec.source, available()) if prefix is None else f"; did you mean '{prefix}:{spec.source}'?"
+    raise DataError(f"unknown data.source {spec.source!r}{hint}")
 
 
 def following(spec: DataSpec, count: int) -> Tensor:
@@ -210,6 +213,9 @@ def _folder(spec: DataSpec, root: Path) -> Truth:
     walks = ((folder, names) for name in classes for folder, _, names in os.walk(root / name))
     files = [Path(folder, name) for folder, names in walks for name in names if Path(name).suffix.lower() in SUFFIXES]
     files.sort(key=lambda file: file.relative_to(root).parts)
+    if spec.order == "shuffled":
+        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(spec.seed))
+        files = [files[i] for i in order.tolist()]
     if not files:
         raise DataError(f"{spec.source}: no images; {expected}, an image being one of {', '.join(sorted(SUFFIXES))}")
     numbered = all(name.isdecimal() for name in classes)
@@ -224,7 +230,7 @@ def _folder(spec: DataSpec, root: Path) -> Truth:
         images.append(_resize(image, (0, 0, image.width, image.height), spec.size or 224))
         name = file.relative_to(root).parts[0]
         labels.append(int(name) if numbered else classes.index(name))
-        names.append(file.stem if numbered else name)  # a class number says nothing to people
+        names.append(file.stem if numbered else f"{name}/{file.stem}")  # a class number says nothing to people
     return Truth(torch.stack(images), torch.tensor(labels), tuple(names))
 
 

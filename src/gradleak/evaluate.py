@@ -248,6 +248,8 @@ def target_scores(
     Raises:
         DataError: The targets have other shapes.
     """
+    if are_classes(used) and truth.is_floating_point() and truth.ndim == 2:
+        truth = truth.argmax(1)  # of soft labels
     if are_classes(used) and are_classes(truth):
         return label_scores(used, truth, classes=classes)
     if used.shape != truth.shape:
@@ -374,9 +376,10 @@ def _summary(name: str, values: list[float | None]) -> dict[str, float | None]:
 
 
 def _label_matches(labels: Tensor, truth: Truth, order: Tensor) -> int:
-    if labels.shape != truth.labels.shape:
+    own = truth.labels.argmax(1) if are_classes(labels) and truth.labels.ndim == 2 else truth.labels
+    if labels.shape != own.shape:
         raise DataError(f"labels have shape {tuple(labels.shape)}, the truth's {tuple(truth.labels.shape)}")
-    same = labels.cpu()[order] == truth.labels.cpu()
+    same = labels.cpu()[order] == own.cpu()
     return int(same.flatten(1).all(1).sum() if same.ndim > 1 else same.sum())
 
 

@@ -57,7 +57,22 @@ class Truth:
     names: tuple[str, ...] = ()
 
     def save(self, path: Path | str) -> None:
-        """Write ``images`` and ``labels`` to a safetensors file (personal data: keep it where the client's data is)."""
+        """Write ``images`` and ``labels`` to a safetensors file (personal data: keep it where the client's data is).
+
+        Raises:
+            DataError: The images are not B x C x H x W in [0, 1], or there are not as many labels.
+        """
+        images = self.images
+        if images.ndim != 4 or not images.is_floating_point() or self.labels.shape[:1] != images.shape[:1]:
+            raise DataError(
+                f"{path}: expected float images (B, C, H, W) and labels (B), or targets (B, ...); "
+                f"found {images.dtype} {tuple(images.shape)} and {tuple(self.labels.shape)}"
+            )
+        if not (images.min() >= 0 and images.max() <= 1):  # NaN fails it too
+            raise DataError(
+                f"{path}: images must be in [0, 1], found [{float(images.min()):.3g}, {float(images.max()):.3g}]; undo the "
+                "normalisation first: images * std + mean"
+            )
         write_tensors(
             Path(path),
             {"images": self.images, "labels": self.labels},

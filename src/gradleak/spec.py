@@ -44,6 +44,10 @@ class DataSpec(_Table):
         default=None, description="pixels, or [height, width]; images are centre-cropped to that shape and resized"
     )
     channels: Literal[1, 3] = Field(default=3, description="folder: 3 for colour, 1 for grey images")
+    order: Literal["path", "shuffled"] = Field(
+        default="path", description="folder: in the order of the paths, class after class, or as a client shuffles them"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="folder: of the shuffled order")
     root: Path | None = Field(default=None, description="where cifar10/cifar100 lie (default: the user's cache folder)")
     download: bool = Field(default=False, description="allow torchvision to download cifar10/cifar100")
 
@@ -67,6 +71,13 @@ class ModelSpec(_Table):
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the random initialisation")
     mean: list[float] | None = Field(default=None, description="channel means that the model subtracts from images in [0, 1]")
     std: list[float] | None = Field(default=None, description="channel deviations that the model divides by")
+
+    @field_validator("mean")
+    @classmethod
+    def _of_the_unit_range(cls, mean: list[float] | None) -> list[float] | None:
+        if mean is not None and any(not -1 <= m <= 1 for m in mean):
+            raise ValueError("means are of images in [0, 1]; divide those of images in 0..255 by 255, and std too")
+        return mean
 
     @field_validator("std")
     @classmethod
@@ -277,7 +288,11 @@ class RunSpec(_Table):
     def _listed(cls, defence: Any) -> Any:
         if isinstance(defence, dict):
             raise ValueError("expected a list of tables: write [[defence]] with two brackets")
-        return defence
+        return (
+            [{"name": entry} if isinstance(entry, str) else entry for entry in defence]
+            if isinstance(defence, list)
+            else defence
+        )
 
 
 #: What ``gradleak audit`` runs when no specification is given: eight embedded photographs, sigmoid ResNet-18 of width 32.

@@ -61,6 +61,8 @@ def fault(loss: str, targets: Tensor, output: Tensor) -> str | None:
             f"cross-entropy of an output {shape} takes classes (int64) of shape {(len(targets), *shape[2:])}, or soft labels "
             f"of the output's, {found}"
         )
+    if loss == "cross-entropy" and not torch.allclose(targets.sum(1), torch.ones(()).to(targets), atol=1e-3):
+        return "soft labels of cross-entropy must sum to 1; several labels for an image need the loss bce-with-logits"
     if not targets.is_floating_point() or targets.shape != shape:
         return f"{loss} takes float targets of the shape of the model's output, {shape}, {found}"
     if loss == "bce-with-logits" and not (targets.min() >= 0 and targets.max() <= 1):

@@ -69,8 +69,8 @@ def read_checkpoint(path: Path, *, error: type[GradleakError] = ObservationError
                 warnings.simplefilter("ignore")
                 found = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as cause:  # the zip format, the unpickler and torch raise many kinds
-            first = str(cause).strip().partition("\n")[0]
-            raise error(f"{path}: is no file of plain tensors ({type(cause).__name__}: {first}); {mend}") from None
+            # torch's own text advises to load it unsafely
+            raise error(f"{path}: is no file of plain tensors alone ({type(cause).__name__}); {mend}") from None
     while isinstance(found, Mapping) and not any(isinstance(t, Tensor) for t in found.values()):
         inner = next(
             (found[key] for key in ("state_dict", "model_state_dict", "model", "net", "weights") if key in found), None
@@ -172,8 +172,8 @@ def _check_header(path: Path, error: type[GradleakError]) -> dict[str, Any]:
         length = int.from_bytes(beginning[:8], "little")
         if size < 10 or beginning[8:] != b"{" or length > MAX_HEADER_BYTES:
             raise error(
-                f"{path}: not a safetensors file. PyTorch's .pt and .pth files are pickles, which are never read: "
-                "convert them with safetensors.torch.save_file(state_dict, 'weights.safetensors')"
+                f"{path}: not a safetensors file. PyTorch's .pt and .pth files are pickles, which are not read here: write the "
+                "weights anew with safetensors.torch.save_file(torch.load('model.pth', weights_only=True), 'model.safetensors')"
             )
         if length > size - 8:
             raise error(f"{path}: truncated: its header says {length} bytes, the file has {size}")

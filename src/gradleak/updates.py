@@ -28,6 +28,9 @@ Arrays = Mapping[str, Any] | Sequence[Any]
 #: What wrappers put before the names of a model's parameters: Opacus, DataParallel, torch.compile.
 PREFIXES = ("_module.", "module.", "_orig_mod.")
 
+#: How far images may leave [0, 1] by rounding and resizing before a warning asks for their normalisation.
+RANGE_TOLERANCE = 0.02
+
 #: Share of an update that may be float32's rounding of the weights before a warning says so.
 ROUND_OFF = 0.01
 
@@ -193,12 +196,11 @@ class observe:
 
     def __enter__(self) -> observe:
         model = self._model
-        if any(p.grad is not None and bool(p.grad.any()) for p in model.parameters()):
-            raise ObservationError(
-                "observe: there are gradients from an earlier step already; call optimizer.zero_grad() before the block"
-            )
+        # zero_grad() as the block's first line makes new ones; those that are still there at its end were added to
+        self._earlier = [p.grad for p in model.parameters() if p.grad is not None and bool(p.grad.any())]
         self._before = {plain_name(name): t.detach().clone() for name, t in model.state_dict().items()}
         self._mode, self._shapes, self._images = model.training, set[tuple[int, ...]](), 0
+        self._begun, self._stepped, self._range = self._versions(), False, (0.0, 1.0)
         self._hook = model.register_forward_pre_hook(self._look, prepend=True)
         return self
 
@@ -207,6 +209,16 @@ class observe:
         if kind is not None:
             return
         client = self._client or ClientSpec(mode="train" if self._mode else "eval")
+        if client.protocol != "fedavg":
+            self._check_one_step()
+        low, high = self._range
+        if self._mean is None and self._std is None and (low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE):
+            log.warning(
+                "the images that went through the model lie in [%.3g, %.3g], not in [0, 1]: if the client normalises them, "
+                "give observe mean= and std=; the attack rebuilds images in [0, 1] and would look weaker than it is",
+                low,
+                high,
+            )
         batch = self._batch or self._images // (client.epochs or 1)
         if self._image_shape is None and len(self._shapes) != 1:
             found = f"images of shapes {sorted(self._shapes)}" if self._shapes else "no image"
@@ -221,7 +233,9 @@ class observe:
         else:
             update = {n: p.grad.detach().float() for n, p in parameters.items() if p.grad is not None}
         if not update:
-            raise ObservationError("observe: no parameter has a gradient at the end of the block; call backward() in it")
+            raise ObservationError(
+                "observe: no parameter has a gradient at the end of the block; call backward() in it, and zero_grad() before"
+            )
         self.observation = _observation(
             {name: t for name, t in update.items() if parameters[name].requires_grad},
             {name: self._before[name] for name in parameters},
@@ -241,8 +255,28 @@ class observe:
     def _look(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Notes how many images of which shape go through the model while it is trained."""
         if inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim == 4 and torch.is_grad_enabled():
-            self._images += len(inputs[0])
-            self._shapes.add(tuple(inputs[0].shape[1:]))
+            images = inputs[0].detach()
+            self._images += len(images)
+            self._shapes.add(tuple(images.shape[1:]))
+            self._range = min(self._range[0], float(images.min())), max(self._range[1], float(images.max()))
+            self._stepped = self._stepped or self._versions() != self._begun
+
+    def _versions(self) -> list[int]:
+        """How often each parameter was changed in place."""
+        return [p._version for p in self._model.parameters()]
+
+    def _check_one_step(self) -> None:
+        """Raise :class:`~gradleak.errors.ObservationError` where ``p.grad`` is not the gradient at the block's beginning."""
+        if self._stepped:
+            raise ObservationError(
+                "observe: the weights changed between two forward passes of the block, so it holds several local steps; say so "
+                "with client=ClientSpec(protocol='fedavg', learning_rate=..., epochs=..., local_batch=...), or observe one step"
+            )
+        if any(p.grad is not None and p.grad is earlier for earlier in self._earlier for p in self._model.parameters()):
+            raise ObservationError(
+                "observe: gradients of an earlier step were added to; call optimizer.zero_grad() before the block or as its "
+                "first line"
+            )
 
 
 def load_weights(model: nn.Module, weights: Arrays, *, where: str = "the weights") -> None:

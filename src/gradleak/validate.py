@@ -34,6 +34,7 @@ class Validation:
         layers: Parameter -> share of the update's squared norm, largest first; None of a truth.
         protocol: In words.
         loss: Its name.
+        mode: ``train`` or ``eval``.
         defences: In words.
         normalisation: ``mean`` and ``std``.
         threat_model: Letter and words.
@@ -53,6 +54,7 @@ class Validation:
     layers: dict[str, float] | None = None
     protocol: str | None = None
     loss: str | None = None
+    mode: str | None = None
     defences: list[str] = field(default_factory=list)
     normalisation: dict[str, list[float]] | None = None
     threat_model: str | None = None
@@ -70,17 +72,21 @@ class Validation:
         shape = "x".join(map(str, self.image_shape))
         rows = [
             f"{self.format}, version {self.version}: {self.batch} images of {shape}, "
-            + ("no labels" if self.labels is None else f"labels of shape {tuple(self.labels)}")
+            + ("no labels: an attack recovers them" if self.labels is None else f"labels of shape {tuple(self.labels)}")
         ]
         if self.parameters is not None:
             rows.append(f"  update: {self.parameters:,} numbers for {self.unknowns:,} unknown ones")
-            rows.append(f"  client: {self.protocol}; loss {self.loss}; defences: {', '.join(self.defences) or 'none'}")
+            rows.append(
+                f"  client: {self.protocol}; {self.mode} mode; loss {self.loss}; defences: {', '.join(self.defences) or 'none'}"
+            )
             rows.append(f"  threat model {self.threat_model}")
         if self.normalisation is not None:
             rows.append(f"  images are normalised by mean {self.normalisation['mean']} and std {self.normalisation['std']}")
+        elif self.parameters is not None:
+            rows.append("  images are not normalised, or inside the model")
         rows += [f"  {100 * share:5.1f} % of the squared norm: {name}" for name, share in list((self.layers or {}).items())[:5]]
         if self.fits is not None:
-            rows.append(f"  fits {self.model}")
+            rows.append(f"  fits {self.model}; its update changes by {self.image_sensitivity:.2g} with the images")
         rows += [f"  note: {remark}" for remark in self.remarks]
         return [*rows, "valid"]
 
@@ -163,6 +169,7 @@ def validate(
         layers=shares,
         protocol=protocol_in_words(observation),
         loss=observation.protocol.loss,
+        mode=observation.protocol.mode,
         defences=[named(defence) for defence in observation.defences],
         normalisation=None
         if observation.normalisation is None

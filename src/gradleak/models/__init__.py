@@ -128,6 +128,11 @@ def import_function(where: str, *, error: type[GradleakError] = ModelError) -> C
         raise error(f"{where}: no such file: {path}")
     try:
         module = _run_file(path) if path.suffix == ".py" else importlib.import_module(source)
+    except SystemExit as cause:
+        raise error(
+            f"{where}: {source} ended the program while it was imported ({cause}); put what it does as a script under "
+            'if __name__ == "__main__":'
+        ) from cause
     except Exception as cause:  # the user's code may raise anything
         hint = ". Is it installed, or its folder on PYTHONPATH?" if isinstance(cause, ModuleNotFoundError) else ""
         raise error(f"{where}: importing {source} failed: {type(cause).__name__}: {cause}{hint}") from cause
@@ -190,7 +195,8 @@ def _construct(spec: ModelSpec, image_shape: ImageShape) -> nn.Module:
     library, _, bare = spec.name.partition("/") if ":" not in spec.name else ("", "", "")
     known = {"torchvision": _torchvision_names, "timm": lambda: _timm().list_models()}.get(library, list)
     if bare not in known() and ":" not in spec.name:
-        raise ModelError(f"unknown model {spec.name!r}{_suggestion(spec.name)}")
+        own = f"; name its function: '{spec.name}:FUNCTION'" if spec.name.endswith(".py") else _suggestion(spec.name)
+        raise ModelError(f"unknown model {spec.name!r}{own}")
     if spec.width is not None:
         raise ModelError(f"model.width is a setting of {', '.join(NETWORKS)}; {spec.name} has none: remove it")
     if library == "torchvision":
@@ -274,6 +280,8 @@ def _run_file(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickling look the module up by name
+    if (folder := str(path.resolve().parent)) not in sys.path:  # as `python file.py` would; behind all that is installed
+        sys.path.append(folder)
     spec.loader.exec_module(module)
     return module
 
@@ -312,7 +320,10 @@ def _probe(model: nn.Module, spec: ModelSpec, image_shape: ImageShape) -> None:
         with torch.no_grad(), calls:
             output = model.eval()(torch.rand(2, *image_shape))
     except Exception as cause:  # the user's code may raise anything
-        raise ModelError(f"{spec.name} does not take images of {size}: {type(cause).__name__}: {cause}") from cause
+        raise ModelError(
+            f"{spec.name} does not take images of {size} (C x H x W): {type(cause).__name__}: {cause}. "
+            "Set data.size and data.channels, or the image shape, to what it was written for"
+        ) from cause
     if not isinstance(output, Tensor):
         raise ModelError(
             f"{spec.name} returns {type(output).__name__}, expected a tensor whose first dimension is the batch, such as "

@@ -76,7 +76,7 @@ class _Metric:
 
 
 _METRICS = (
-    _Metric("ssim", "SSIM", 3, "", "1 is identical", "structural similarity: do edges and textures agree, from 0 to 1"),
+    _Metric("ssim", "SSIM", 3, "", "1 is identical", "structural similarity: do edges and textures agree, from -1 to 1"),
     _Metric("psnr", "PSNR", 1, " dB", "higher is closer", "mean squared error of pixels on a decibel scale"),
     _Metric("fsim", "FSIM", 3, "", "1 is identical", "do the features that the eye notices first agree, from 0 to 1"),
     _Metric("lpips", "LPIPS", 3, "", "lower is closer", "distance in the features of a VGG-16 network, near human judgement"),
@@ -181,10 +181,15 @@ def _given(result: dict[str, Any]) -> str:
     words = (
         ("Threat model", lambda value: f"threat model {value.partition(':')[0]}"),
         ("Labels", lambda value: f"labels {value}"),
+        ("Targets", lambda value: f"targets {value}"),
         ("Client", str),
         ("Batch size", lambda value: f"batch size {value}"),
         ("Mode", lambda value: f"{value} mode"),
         ("Activations of F", lambda value: f"activations {value}"),
+        (
+            "Normalisation of the images",
+            lambda value: "images not normalised" if value == "none" else f"images normalised by {value}",
+        ),
         ("Defences", lambda value: "no defence" if value == "none" else f"defences {value}"),
     )
     return " · ".join(phrase(rows[name]) for name, phrase in words if name in rows)
