@@ -67,10 +67,20 @@ def test_folder_is_sorted_by_path(folder: Path) -> None:
     truth = load(DataSpec(source=f"folder:{folder}", batch=6, size=16))
     check(truth, 6, 3, 16)
     assert truth.labels.tolist() == [0, 0, 1, 1, 2, 2]
-    assert truth.names == ("cat", "cat", "dog", "dog", "eel", "eel")
+    assert truth.names == ("cat/0", "cat/1", "dog/0", "dog/1", "eel/0", "eel/1")
     colours = (truth.images.mean(dim=(2, 3)) * 255).round().int().tolist()
     assert colours == [[50 * i, 100 * j, 7] for i in range(3) for j in range(2)]
     check(load(DataSpec(source=f"folder:{folder}", batch=1)), 1, 3, 224)
+
+
+def test_a_shuffled_folder_holds_the_same_images(folder: Path) -> None:
+    """Another order for each seed, the same one each time; a batch and its decoys never overlap."""
+    spec = DataSpec(source=f"folder:{folder}", batch=6, size=8, order="shuffled", seed=1)
+    names = load(spec).names
+    assert sorted(names) == sorted(load(spec.model_copy(update={"order": "path"})).names) != list(names)
+    assert names == load(spec).names != load(spec.model_copy(update={"seed": 2})).names
+    half = spec.model_copy(update={"batch": 3})
+    assert load(half).names + load(half.model_copy(update={"start": 3})).names == names
 
 
 def test_folder_names_that_are_numbers_are_labels(folder: Path) -> None:

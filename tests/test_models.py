@@ -298,7 +298,7 @@ def test_hostile_tensor_files_are_refused(content: bytes, tmp_path: Path) -> Non
 
 def test_pickles_are_not_read(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(2)}, tmp_path / "weights.pth")
-    with pytest.raises(GradleakError, match=r"never read: convert them with safetensors\.torch\.save_file"):
+    with pytest.raises(GradleakError, match=r"not read here: write the weights anew with safetensors\.torch\.save_file"):
         read_tensors(tmp_path / "weights.pth")
 
 

@@ -245,7 +245,7 @@ def test_a_pickle_is_refused_unread(path: Path) -> None:
     """Both of torch's formats; the message says how to convert them."""
     for zipped in (True, False):
         torch.save(nn.Linear(2, 2).state_dict(), path, _use_new_zipfile_serialization=zipped)
-        with pytest.raises(ObservationError, match=r"pickles, which are never read.*save_file"):
+        with pytest.raises(ObservationError, match=r"pickles, which are not read here.*save_file"):
             Observation.load(path)
 
 

@@ -617,7 +617,11 @@ def assumptions(
             if gain["applied"] != 1
             else "reconstruction left as it ended",
         ),
-        ("Activations of F", ", ".join(kinds) or "none as modules", "attacks of this kind are far stronger on smooth ones"),
+        (
+            "Activations of F",
+            ", ".join(kinds) or "none as modules",
+            "deep networks leak far less with ones that are not smooth; shallow ones hardly do",
+        ),
         ("Normalisation of the images", *_normalisation(client)),
         ("Weights", _weights(spec, observation, simulated=simulated), "a trained model can leak differently"),
         (
