@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradleak import attack, data, evaluate, invert, recover, run
 from gradleak.client import build_client, operator, simulate
-from gradleak.errors import DataError, ObservationError, SpecError
+from gradleak.errors import DataError, ObservationError, OutputError, SpecError
 from gradleak.labels import Labels
 from gradleak.models import normalisation, normalised
 from gradleak.observation import Observation, Truth
@@ -239,6 +239,10 @@ def test_arrays_with_masks_and_grey_folders(tmp_path: Path) -> None:
     assert 0 <= result["labels"]["mean_absolute_error"] <= 1
     scored = run.evaluate_run(tmp_path / "out", data.load(spec.data))
     assert scored["labels"] == result["labels"]
+    other = data.load(spec.data.model_copy(update={"start": 1}))
+    with pytest.raises(OutputError, match=r"scored against other images.*--force"):
+        run.evaluate_run(tmp_path / "out", other)
+    assert run.evaluate_run(tmp_path / "out", other, force=True)["per_image"] != result["per_image"]
     with pytest.raises(DataError, match=r"data\.size does not resize"):
         data.load(DataSpec(source=f"npz:{tmp_path / 'd.npz'}", batch=2, size=8))
     (tmp_path / "pictures" / "a").mkdir(parents=True)

@@ -405,13 +405,16 @@ def evaluate(
         bool,
         typer.Option("--redact", help="Keep the figures, and remove every picture from the folder", rich_help_panel=OUTPUT),
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also where the run was scored against other images", rich_help_panel=OUTPUT)
+    ] = False,
     json_: Json = False,
 ) -> Report:
     """Score a reconstruction against the truth, and write its report anew."""
     from gradleak import run
     from gradleak.observation import Truth
 
-    result = run.evaluate_run(folder, Truth.load(truth), lpips=lpips, redact=redact)
+    result = run.evaluate_run(folder, Truth.load(truth), lpips=lpips, redact=redact, force=force)
     if json_:
         return _of_folder(result, folder)
     _print_result(result, folder)

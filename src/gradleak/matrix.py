@@ -324,6 +324,7 @@ def _row(cell: Cell, result: dict[str, Any] | None, *, error: str | None = None)
         "psnr_mean": of("psnr", "mean"),
         "recognisable": sum(score >= RECOGNISABLE_SSIM for score in scores) if scores else None,
         "images": len(result["assignment"]) if error is None else None,
+        "labels_right": (result.get("labels") or {}).get("accuracy"),
         "identification": (found.get("rate") or {}).get("mse"),
         "candidates": found.get("candidates"),
         "matching_loss": result.get("matching_loss"),

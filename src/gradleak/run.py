@@ -349,24 +349,34 @@ def invert_observation(
         return result
 
 
-def evaluate_run(folder: Path, truth: Truth, *, lpips: str = "auto", redact: bool = False) -> dict[str, Any]:
+def evaluate_run(
+    folder: Path, truth: Truth, *, lpips: str = "auto", redact: bool = False, force: bool = False
+) -> dict[str, Any]:
     """Score the reconstruction of a run folder against the truth and write its report anew.
 
-    With ``redact`` the figures stay and the pictures are removed.
+    With ``redact`` the figures stay and the pictures are removed. With ``force`` a run that was scored against other images is
+    scored against these.
 
     Raises:
-        OutputError: The folder is not a run folder, or has no pictures any more.
+        OutputError: The folder is not a run folder, or has no pictures any more, or was scored against other images.
         DataError: The truth has another number or shape of images.
     """
     if lpips not in ("auto", "off"):
         load_lpips(lpips)  # a wrong file is an error, not a note
     read_result(folder)  # a folder that is no run's is told before it is locked
     with lock_folder(folder):
-        return _evaluate_run(folder, truth, lpips=lpips, redact=redact)
+        return _evaluate_run(folder, truth, lpips=lpips, redact=redact, force=force)
 
 
-def _evaluate_run(folder: Path, truth: Truth, *, lpips: str, redact: bool) -> dict[str, Any]:
+def _evaluate_run(folder: Path, truth: Truth, *, lpips: str, redact: bool, force: bool) -> dict[str, Any]:
     run = read_run(folder)
+    before = (run.result.get("per_image") or {}).get("mse")
+    if before and not force:
+        now = evaluate(run.images, truth, lpips="off").per_image["mse"]
+        if any(abs((a or 0) - (b or 0)) > 1e-4 * ((a or 0) + (b or 0)) for a, b in zip(before, now, strict=True)):
+            raise OutputError(
+                f"{folder}: was scored against other images, and that report would be lost; give this run's truth, or --force"
+            )
     result = _finish(
         folder,
         run.result,
@@ -536,7 +546,7 @@ def protocol_in_words(observation: Observation) -> str:
     spec = observation.protocol
     text = {
         "fedsgd": "FedSGD: one gradient of one batch",
-        "fedavg": f"FedAvg: {spec.epochs} local epochs in batches of {spec.local_batch or observation.batch}, rate "
+        "fedavg": f"FedAvg: {spec.epochs} local epoch{'s' if spec.epochs != 1 else ''} in batches of {spec.local_batch or observation.batch}, rate "
         f"{spec.learning_rate}, momentum {spec.momentum}, order {spec.order}",
         "average": f"the average of several clients' gradients, {spec.clients}",
     }[spec.protocol]
