@@ -546,8 +546,8 @@ def protocol_in_words(observation: Observation) -> str:
     spec = observation.protocol
     text = {
         "fedsgd": "FedSGD: one gradient of one batch",
-        "fedavg": f"FedAvg: {spec.epochs} local epoch{'s' if spec.epochs != 1 else ''} in batches of {spec.local_batch or observation.batch}, rate "
-        f"{spec.learning_rate}, momentum {spec.momentum}, order {spec.order}",
+        "fedavg": f"FedAvg: {spec.epochs} local epoch{'s' * (spec.epochs != 1)} in batches of "
+        f"{spec.local_batch or observation.batch}, rate {spec.learning_rate}, momentum {spec.momentum}, order {spec.order}",
         "average": f"the average of several clients' gradients, {spec.clients}",
     }[spec.protocol]
     if spec.layers:
