@@ -188,14 +188,79 @@ def test_what_stays_below_the_threshold_leaves() -> None:
 
 @pytest.mark.parametrize("block", [True, False])
 def test_a_fault_of_the_audit_costs_the_round_only_where_blocking_was_asked_for(
-    block: bool, caplog: pytest.LogCaptureFixture
+    block: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """It is logged, and written where the audit's figures would be."""
+
     def missing(message: Message, context: Context) -> Truth:
         raise FileNotFoundError("images are gone")
 
-    reply = client(make_mod(audit=AUDIT, truth=missing, block=block))(*instruct())
+    reply = client(make_mod(audit=AUDIT, truth=missing, block=block, record=tmp_path))(*instruct())
     assert reply.has_error() == block
-    assert "could not be audited: images are gone" in caplog.text
+    assert f"gradleak: round-3-node-{NODE}: could not be recorded or audited: images are gone" in caplog.text
+    assert json.loads((tmp_path / f"round-3-node-{NODE}.leak.json").read_text()) == {"error": "images are gone"}
+
+
+def other_batch(message: Message, context: Context) -> Truth:
+    return gl.load_data(gl.DataSpec(source="sample", batch=4, start=4, size=16))
+
+
+@pytest.mark.parametrize("block", [True, False])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"truth": other_batch}, {"mean": [0.9, 0.1, 0.5], "std": [0.1, 0.2, 0.3]}, {"client": gl.ClientSpec(mode="eval")}],
+    ids=["images", "normalisation", "mode"],
+)
+def test_an_update_that_truth_and_settings_do_not_reproduce_is_no_pass(
+    wrong: dict[str, Any], block: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However low its score: with other images than the client's every score is low."""
+    settings = {"truth": own_batch, **wrong}
+    reply = client(make_mod(audit={**AUDIT, "threshold": 1.0}, block=block, record=tmp_path, **settings))(*instruct())
+    leak = json.loads((tmp_path / f"round-3-node-{NODE}.leak.json").read_text())
+    assert not leak["exceeded"]
+    assert leak["truth_distance"] > 1e-4
+    assert "do not reproduce this update" in leak["doubt"]
+    assert leak["doubt"] in caplog.text
+    assert reply.has_error() == block
+
+
+def test_an_inconclusive_audit_leaves_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    reply = client(make_mod(audit={**AUDIT, "threshold": 1.0}, truth=own_batch, block=True))(*instruct())
+    assert reply.has_content()
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and r.name.endswith("outgoing")]
+    assert f"gradleak: round-3-node-{NODE}: Inconclusive: the attack did not fit" in warning
+
+
+def test_folders_and_files_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One line for the folder, as an absolute path, and one for each update; each says whose it is."""
+    caplog.set_level("INFO")
+    client(make_mod(record=tmp_path / "own"))(*instruct())
+    assert [message for message in caplog.messages if message.startswith("gradleak:")] == [
+        f"gradleak: updates are recorded in {tmp_path / 'own'}",
+        f"gradleak: round-3-node-{NODE}: recorded in {tmp_path / 'own' / f'round-3-node-{NODE}.safetensors'}",
+    ]
+
+
+def test_a_truth_of_another_number_of_images_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def part(message: Message, context: Context) -> Truth:
+        return gl.load_data(gl.DataSpec(source="sample", batch=2, size=16))
+
+    client(make_mod(record=tmp_path, truth=part))(*instruct())
+    assert "the truth has 2 images, and the client's reply says that it trained on 4" in caplog.text
+
+
+@pytest.mark.parametrize("given", ["classic", "class", "function"])
+def test_a_strategy_of_another_kind_is_refused(given: str, tmp_path: Path) -> None:
+    """Flower's classic strategies have other methods: nothing would be recorded, or the first round would fail."""
+    if given == "classic":
+        strategy: Any = pytest.importorskip("flwr.server.strategy").FedAvg()
+    else:
+        strategy = FedAvg if given == "class" else (lambda: FedAvg())
+    with pytest.raises(SpecError, match=r"expected an instance of a strategy of flwr.serverapp.strategy") as refused:
+        RecordingStrategy(strategy, tmp_path / "never", model=build, client=FEDSGD, image_shape=SHAPE)
+    assert type(strategy).__module__ in str(refused.value) or FedAvg.__module__ in str(refused.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_fault_of_recording_never_costs_the_round(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -275,8 +340,24 @@ def test_a_gradient_is_recorded_as_it_is_sent(tmp_path: Path) -> None:
         ({"audit": {}, "truth": own_batch, "record_truth": True}, "give record="),
         ({"record": "x", "grant_labels": True}, "give truth="),
         ({"audit": {"treshold": 0.5}, "truth": own_batch}, "did you mean 'threshold'"),
+        ({"audit": True, "truth": own_batch}, "audit is True; expected a mapping"),
+        ({"audit": {"attack": "cinet"}, "truth": own_batch}, "attack is 'cinet'; expected its name and settings"),
+        ({"audit": {"attack": {"name": "cinett"}}, "truth": own_batch}, "did you mean 'cinet'"),
+        ({"audit": {"attack": {"name": "cinet", "round": 3}}, "truth": own_batch}, "did you mean 'rounds'"),
+        ({"audit": {"threshold": 60}, "truth": own_batch}, "threshold is 60; expected an SSIM"),
+        ({"audit": {}, "truth": "batch"}, "truth is str; expected a function"),
+        ({"record": "x", "image_shape": (16, 16)}, "expected three positive whole numbers"),
+        ({"record": "x", "client": "fedavg"}, "client is 'fedavg'; expected a gradleak ClientSpec"),
+        ({"record": "x", "mean": [0.5]}, "mean is .*; expected 3 numbers"),
+        ({"record": "x", "std": [1.0, 0.0, 1.0]}, "expected numbers above 0"),
+        ({"record": "x", "defences": ["clip"]}, "defences is .*; expected a list"),
+        ({"record": "x", "defences": [gl.DefenceSpec(name="clap")]}, "did you mean 'clip'"),
+        ({"record": "x", "sends": "gradients"}, "expected 'weights' or 'gradient'"),
     ],
-    ids=["nothing", "audit", "block", "truth", "labels", "misspelt"],
+    ids=[
+        *("nothing", "audit", "block", "truth", "labels", "misspelt", "audit form", "attack form", "attack", "attack setting"),
+        *("threshold", "truth form", "shape", "client", "mean", "std", "defences", "defence", "sends"),
+    ],
 )
 def test_settings_that_contradict_each_other_are_named(
     settings: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -284,6 +365,11 @@ def test_settings_that_contradict_each_other_are_named(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SpecError, match=words):
         make_mod(**settings)
+
+
+def test_a_model_in_place_of_the_function_that_makes_it_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="model is Net; expected a function"):
+        gradleak_mod(build(), client=FEDSGD, image_shape=SHAPE, record=tmp_path)  # type: ignore[arg-type]
 
 
 def test_a_folder_that_cannot_be_made_is_named_at_once(tmp_path: Path) -> None:

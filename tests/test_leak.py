@@ -12,8 +12,9 @@ from torch import nn
 
 import gradleak as gl
 from gradleak import metrics
+from gradleak.defences import Gaussian, defend
 from gradleak.errors import DataError, ObservationError, SpecError
-from gradleak.leak import Leak, measure_leak
+from gradleak.leak import REPRODUCED, Leak, measure_leak
 from gradleak.observation import Observation, Truth
 
 CLOSED = {"name": "analytic"}
@@ -149,3 +150,100 @@ def test_images_smaller_than_the_window_of_ssim_are_refused() -> None:
 def test_a_wrong_setting_is_named(settings: dict[str, object], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         measure_leak(observe(linear(), photographs(1)), linear(), photographs(1), **settings)  # type: ignore[arg-type]
+
+
+def _sgd(model: nn.Module, truth: Truth, **normalisation: list[float]) -> Observation:
+    """A real step of a client that normalises, or not, and what is said of it."""
+    mean, std = (torch.tensor(normalisation.get(key, [value] * 3)) for key, value in (("mean", 0.0), ("std", 1.0)))
+    images = (truth.images - mean[:, None, None]) / std[:, None, None]
+    nn.functional.cross_entropy(model(images), truth.labels).backward()
+    gradient = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return gl.from_gradient(gradient, model, batch=len(images), image_shape=(3, 16, 16), labels=truth.labels)
+
+
+def test_a_truth_that_is_true_reproduces_the_update(read: Leak) -> None:
+    """Whether or not the rate that scales it is known; nothing is doubted, and the figure is written."""
+    assert read.truth_distance < 1e-6
+    assert read.doubt == ""
+    assert read.to_dict()["truth_distance"] == read.truth_distance
+    scaled = observe(linear(), photographs(1))
+    scaled = dataclasses.replace(scaled, update={name: 0.01 * t for name, t in scaled.update.items()})
+    assert measure_leak(scaled, linear(), photographs(1), attack=CLOSED).truth_distance < 1e-6
+
+
+@pytest.mark.parametrize("rate", [1e-1, 1e-5])
+def test_rounded_weights_are_no_reason_to_doubt(rate: float) -> None:
+    """Float32 weights before and after a step: the smaller it is, the more of their difference is rounding."""
+    model, truth = gl.build_model(gl.ModelSpec(name="lenet"), image_shape=(3, 16, 16)), photographs(2)
+    before, update = model.state_dict(), observe(model, truth).update
+    after = {name: before[name] - rate * t for name, t in update.items()}
+    spec = gl.ClientSpec(protocol="fedavg", learning_rate=rate)
+    observation = gl.from_weights(before, after, model, batch=2, image_shape=(3, 16, 16), client=spec)
+    assert measure_leak(observation, model, truth, attack=QUICK).doubt == ""
+
+
+def test_other_images_are_doubted_even_where_a_model_hardly_tells_them_apart() -> None:
+    """A sigmoid network that is not trained: its update depends on the labels above all."""
+    model = gl.build_model(gl.ModelSpec(name="convnet", activation="sigmoid"), image_shape=(3, 32, 32))
+    own, other = (gl.load_data(gl.DataSpec(source="sample", batch=4, start=start, size=32)) for start in (0, 4))
+    other = dataclasses.replace(other, labels=own.labels)
+    leak = measure_leak(observe(model, own), model, other, attack={**QUICK, "rounds": 1})
+    assert leak.truth_distance < 1e-3
+    assert leak.doubt
+
+
+@pytest.mark.parametrize("fault", ["images", "labels", "normalisation", "epochs"])
+def test_what_was_said_wrongly_is_doubted_and_never_passes_for_safe(fault: str) -> None:
+    model, truth = gl.build_model(gl.ModelSpec(name="lenet"), image_shape=(3, 16, 16)), photographs(2)
+    observation = observe(model, truth)
+    if fault == "images":
+        truth = gl.load_data(gl.DataSpec(source="sample", batch=2, start=4, size=16))
+    elif fault == "labels":
+        truth = dataclasses.replace(truth, labels=(truth.labels + 1) % 10)
+    elif fault == "normalisation":
+        observation = _sgd(model, truth, mean=[0.9, 0.1, 0.5], std=[0.1, 0.2, 0.3])
+    else:
+        sent = gl.FedAvg(model, learning_rate=5.0, epochs=4)(truth.images, truth.labels)
+        observation = dataclasses.replace(observation, update=sent)
+    leak = measure_leak(observation, model, truth, attack=QUICK)
+    assert leak.truth_distance > REPRODUCED
+    assert f"do not reproduce this update (distance {leak.truth_distance:.2g})" in leak.verdict
+    assert leak.verdict.startswith("Not auditable: the truth")
+
+
+@pytest.mark.parametrize("reason", ["order", "defence"])
+def test_what_the_client_draws_is_no_reason_to_doubt_it(reason: str) -> None:
+    """Batches in an order of its own, and noise: no truth reproduces them."""
+    model, truth = gl.build_model(gl.ModelSpec(name="lenet"), image_shape=(3, 16, 16)), photographs(2)
+    if reason == "order":
+        spec = gl.ClientSpec(protocol="fedavg", learning_rate=0.5, epochs=1, local_batch=1, order="shuffled")
+        client = gl.build_client(model, spec, 2)
+    else:
+        client = defend(gl.FedSGD(model), [Gaussian(sigma=10.0)])
+    observation = gl.simulate(client, truth, seed=1)
+    away = dataclasses.replace(truth, images=1 - truth.images)
+    leak = measure_leak(observation, model, away, attack=QUICK)
+    assert leak.truth_distance > REPRODUCED
+    assert leak.doubt == ""
+
+
+def test_an_attack_that_failed_is_no_pass(read: Leak) -> None:
+    """Three rounds fit nothing: the verdict says so. One that exceeds the threshold has found its leak all the same."""
+    model, truth = gl.build_model(gl.ModelSpec(name="convnet", width=4), image_shape=(3, 16, 16)), photographs(2)
+    leak = measure_leak(observe(model, truth), model, truth, attack=QUICK)
+    assert leak.reconstruction.matching_loss > 1e-2
+    assert (leak.inconclusive, leak.exceeded, leak.to_dict()["inconclusive"]) == (True, False, True)
+    assert leak.verdict.startswith("Inconclusive: the attack did not fit the update (matching loss ")
+    assert "does not exceed" not in leak.verdict
+    above = dataclasses.replace(leak, threshold=0.0)
+    assert not above.inconclusive
+    assert " exceeds the threshold 0.00" in above.verdict
+    assert "does not exceed" in dataclasses.replace(leak, unexplained=False).verdict
+    assert "more than what was rebuilt" in dataclasses.replace(leak, baseline=1.0).verdict
+    assert "more than what was rebuilt" not in read.verdict
+
+
+def test_labels_that_the_model_does_not_have_are_named() -> None:
+    truth = dataclasses.replace(photographs(1), labels=torch.tensor([99]))
+    with pytest.raises(DataError, match="label 99 is out of range"):
+        measure_leak(observe(linear(), photographs(1)), linear(), truth, attack=CLOSED)

@@ -115,9 +115,15 @@ def test_a_result_is_emptied_where_its_leak_exceeds_the_threshold(threshold: flo
 
 
 @pytest.mark.parametrize("block", [True, False])
-def test_what_cannot_be_audited_leaves_only_where_nothing_is_blocked(block: bool) -> None:
-    leak = make_filter(truth=f"{__file__}:missing", block=block)
+def test_what_cannot_be_audited_leaves_only_where_nothing_is_blocked(block: bool, tmp_path: Path) -> None:
+    """Images that are gone, and a normalisation that the site does not do: the truth then does not reproduce the update."""
+    leak = make_filter(truth=f"{__file__}:missing", block=block, record=str(tmp_path))
     assert bool(from_shareable(leak.process(result(), begin(leak))).data) != block
+    assert json.loads((tmp_path / "round-0-site-1.leak.json").read_text()) == {"error": "the images are gone"}
+    wrong = {"mean": [0.9, 0.1, 0.5], "std": [0.1, 0.2, 0.3]}
+    leak = make_filter(**wrong, threshold=1.0, block=block, record=str(tmp_path))
+    assert bool(from_shareable(leak.process(result(), begin(leak))).data) != block
+    assert "do not reproduce this update" in json.loads((tmp_path / "round-0-site-1.leak.json").read_text())["doubt"]
 
 
 def test_only_some_rounds_are_audited() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradleak import defences as known_defences
 from gradleak.errors import ObservationError, SpecError, nearest
 from gradleak.integrations.outgoing import WITHHELD, Outgoing, make_folder
 from gradleak.observation import Observation, Truth
@@ -88,7 +89,8 @@ def gradleak_mod(
         record: Folder of the observations; None: none are written.
         record_truth: Write the truth beside them.
         audit: Keywords of :func:`gradleak.leak.measure_leak`, ``{}`` for its defaults; None: no audit.
-        block: Answer with an error in place of an update whose leak score exceeds the threshold.
+        block: Answer with an error in place of an update whose leak score exceeds the threshold, or that cannot be audited:
+            among others where truth and settings do not reproduce it.
         sends: ``gradient`` where the client replies with its gradient in place of its weights.
         arrays_key: Key of the ``ArrayRecord``; None: the only one there is.
         mean: Channel means that the client subtracts from images in [0, 1] before it gives them to F.
@@ -96,9 +98,14 @@ def gradleak_mod(
         defences: What the client does to protect itself, for the attack to know.
 
     Raises:
-        SpecError: Nothing is asked for, or settings contradict each other.
+        SpecError: Nothing is asked for, settings contradict each other, or one has another form or an unknown name.
         OutputError: The folder cannot be made.
     """
+    _check(model, client=client, image_shape=image_shape, mean=mean, std=std, defences=defences)
+    if truth is not None and not callable(truth):
+        raise SpecError(f"truth is {type(truth).__name__}; expected a function of message and context that gives a Truth")
+    if sends not in ("weights", "gradient"):
+        raise SpecError(f"sends is {sends!r}; expected 'weights' or 'gradient'")
     outgoing = Outgoing(record=None if record is None else Path(record), record_truth=record_truth, audit=audit, block=block)
     if truth is None and (outgoing.needs_truth or grant_labels):
         raise SpecError(
@@ -108,8 +115,19 @@ def gradleak_mod(
 
     def observed(before: Contents, message: Message, context: Context, reply: Message) -> tuple[Observation, Truth | None]:
         own = None if truth is None else truth(message, context)
+        if own is not None and not isinstance(own, Truth):
+            raise ObservationError(f"truth= returned {type(own).__name__}, expected a gradleak Truth")
         count = batch or (len(own.images) if own is not None else _count(reply))
+        if own is not None and (said := _counted(reply)) not in (None, len(own.images)):
+            log.warning(
+                "gradleak: the truth has %d images, and the client's reply says that it trained on %d: truth= must return all "
+                "images of this round, and only these",
+                len(own.images),
+                said,
+            )
         spec = client if isinstance(client, ClientSpec) else client(message, context)
+        if not isinstance(spec, ClientSpec):
+            raise ObservationError(f"client= returned {type(spec).__name__}, expected a gradleak ClientSpec")
         settings: dict[str, Any] = {
             "batch": count,
             "image_shape": image_shape,
@@ -142,11 +160,10 @@ def gradleak_mod(
             observation, own = observed(before, message, context, reply)
             passes = outgoing.passes(observation, model(), own, name=name)
         except Exception as fault:  # whatever it is, it must not cost the round
-            passes = not block
-            log.warning("%s: could not be %s: %s", name, "recorded" if audit is None else "audited", fault)
+            passes = outgoing.failed(fault, name=name)
         if passes:
             return reply
-        log.warning("%s: the update is withheld", name)
+        log.warning("gradleak: %s: the update is withheld", name)
         return Message(Error(code=UNKNOWN_ERROR, reason=WITHHELD), reply_to=message)
 
     return mod
@@ -159,7 +176,7 @@ class RecordingStrategy(Strategy):
     :math:`\sum_k \frac{B_k}{B} (W - W_k)` that secure aggregation shows. A fault while recording is logged and costs no round.
 
     Args:
-        strategy: The strategy that does the work.
+        strategy: The strategy that does the work, of ``flwr.serverapp.strategy``.
         record: Folder of the observations.
         model: Makes F; its weights do not matter.
         client: What each client does with its batch, as for :func:`gradleak_mod`.
@@ -170,7 +187,8 @@ class RecordingStrategy(Strategy):
         defences: What each client does to protect itself.
 
     Raises:
-        SpecError: The mean of clients with several local steps is asked for, which no operator computes.
+        SpecError: The strategy is of Flower's classic API, a setting has another form, or the mean of clients with several
+            local steps is asked for, which no operator computes.
         OutputError: The folder cannot be made.
     """
 
@@ -189,6 +207,16 @@ class RecordingStrategy(Strategy):
         std: Sequence[float] | None = None,
         defences: Sequence[DefenceSpec] = (),
     ) -> None:
+        if not isinstance(strategy, Strategy):
+            given = strategy if isinstance(strategy, type) else type(strategy)
+            raise SpecError(
+                f"strategy is {given.__module__}.{given.__qualname__}{' (the class itself)' if given is strategy else ''}; "
+                "expected an instance of a strategy of flwr.serverapp.strategy. In place of one of flwr.server.strategy use "
+                "that of the same name there, in a ServerApp with @app.main(); NumPyClients can stay"
+            )
+        if not isinstance(client, ClientSpec):
+            raise SpecError(f"client is {type(client).__name__}; expected a gradleak ClientSpec")
+        _check(model, client=client, image_shape=image_shape, mean=mean, std=std, defences=defences)
         if view not in ("clients", "aggregate"):
             raise SpecError(f"view is {view!r}; expected 'clients' or 'aggregate'")
         if view == "aggregate" and client.protocol != "fedsgd":
@@ -221,7 +249,7 @@ class RecordingStrategy(Strategy):
         try:
             self._record(server_round, [reply for reply in replies if not reply.has_error()])
         except Exception as fault:  # whatever it is, it must not cost the round
-            log.warning("round %s: could not be recorded: %s", server_round, fault)
+            log.warning("gradleak: round %s: could not be recorded: %s", server_round, fault)
         return self.strategy.aggregate_train(server_round, replies)
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
@@ -243,10 +271,15 @@ class RecordingStrategy(Strategy):
                 **self._settings,
             )
             if self.view == "clients":
-                observation.save(self.folder / f"round-{server_round}-node-{node}.safetensors")
+                self._save(observation, f"round-{server_round}-node-{node}")
             updates.append(observation)
         if self.view == "aggregate" and updates:
-            average(updates).save(self.folder / f"round-{server_round}-aggregate.safetensors")
+            self._save(average(updates), f"round-{server_round}-aggregate")
+
+    def _save(self, observation: Observation, name: str) -> None:
+        path = self.folder / f"{name}.safetensors"
+        observation.save(path)
+        log.info("gradleak: %s: recorded in %s", name, path)
 
 
 def average(observations: Sequence[Observation]) -> Observation:
@@ -268,6 +301,41 @@ def average(observations: Sequence[Observation]) -> Observation:
     }
     protocol = ClientSpec(**first.protocol.model_dump(exclude={"protocol", "clients"}), protocol="average", clients=sizes)
     return dataclasses.replace(first, update=update, batch=sum(sizes), protocol=protocol)
+
+
+def _check(
+    model: object,
+    *,
+    client: object,
+    image_shape: Sequence[int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    defences: Sequence[DefenceSpec],
+) -> None:
+    """Name a setting of another form while the app is built: later every round would fail of it.
+
+    Raises:
+        SpecError: What was given, and what was expected.
+    """
+    if isinstance(model, nn.Module) or not callable(model):
+        raise SpecError(f"model is {type(model).__name__}; expected a function without arguments that builds it, not the model")
+    if isinstance(client, type) or not (isinstance(client, ClientSpec) or callable(client)):
+        raise SpecError(
+            f"client is {client!r}; expected a gradleak ClientSpec, as ClientSpec(protocol='fedavg', learning_rate=0.1), or a "
+            "function of message and context that gives one"
+        )
+    sides = list(image_shape) if isinstance(image_shape, Sequence) else []
+    if len(sides) != 3 or not all(isinstance(n, int) and n >= 1 for n in sides):
+        raise SpecError(f"image_shape is {image_shape!r}; expected three positive whole numbers: channels, height, width")
+    for name, values in (("mean", mean), ("std", std)):
+        numbers = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else []
+        if values is not None and (len(numbers) != sides[0] or not all(isinstance(v, int | float) for v in numbers)):
+            raise SpecError(f"{name} is {values!r}; expected {sides[0]} numbers, one for each channel of image_shape")
+    if std is not None and min(std) <= 0:
+        raise SpecError(f"std is {std!r}; expected numbers above 0")
+    if not isinstance(defences, Sequence) or not all(isinstance(each, DefenceSpec) for each in defences):
+        raise SpecError(f"defences is {defences!r}; expected a list, as [gradleak.DefenceSpec(name='clip', norm=1.0)]")
+    known_defences.parse(defences, where="defences")
 
 
 def _contents(message: Message) -> Contents:
@@ -299,11 +367,18 @@ def _count(reply: Message) -> int:
     Raises:
         ObservationError: It does not say so.
     """
+    if (count := _counted(reply)) is None:
+        raise ObservationError(f"the client's reply has no metric {COUNT_KEYS[0]!r}: give batch=, the number of its images")
+    return count
+
+
+def _counted(reply: Message) -> int | None:
+    """As :func:`_count`; None where a reply does not say so."""
     for record in reply.content.metric_records.values():
         for key in COUNT_KEYS:
             if isinstance(value := record.get(key), int | float) and value >= 1:
                 return int(value)
-    raise ObservationError(f"the client's reply has no metric {COUNT_KEYS[0]!r}: give batch=, the number of its images")
+    return None
 
 
 def _round(message: Message) -> str:

@@ -46,6 +46,8 @@ class _SeesUpdates(FLComponent):
     model: str | dict[str, Any]
     client: dict[str, Any] | None
     image_shape: list[int]
+    mean: list[float] | None
+    std: list[float] | None
     _global: dict[str, Tensor]
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
@@ -85,7 +87,15 @@ class _SeesUpdates(FLComponent):
             after = {name: weights[name].double() + t.double() for name, t in after.items() if name in weights}
         spec = ClientSpec.model_validate(self.client or {})
         return from_weights(
-            weights, after, network, batch=batch, image_shape=tuple(self.image_shape), client=spec, labels=labels
+            weights,
+            after,
+            network,
+            batch=batch,
+            image_shape=tuple(self.image_shape),
+            client=spec,
+            labels=labels,
+            mean=self.mean,
+            std=self.std,
         )
 
 
@@ -104,12 +114,14 @@ class LeakFilter(_SeesUpdates, DXOFilter):
         client: What the site does with its batch: the keys of ``[client]``; None: one step on all images.
         threshold: The largest leak score that is let pass.
         attack: Name and settings of the attack; None: :data:`gradleak.leak.QUICK`.
-        block: Whether what exceeds the threshold, or cannot be audited, is emptied; else a warning is logged.
+        block: Whether what exceeds the threshold, or cannot be audited (among others where truth and settings do not
+            reproduce the update), is emptied; else a warning is logged.
         grant_labels: Whether the attack is given the labels.
         record: Folder in which observations and leaks are kept; None: none.
         record_truth: Also the images.
         frequency: Audit every so many rounds.
         start_round: The first round that is audited.
+        mean, std: What the site subtracts from images in [0, 1] and divides them by, for each channel.
 
     Raises:
         SpecError: A setting is wrong.
@@ -129,12 +141,15 @@ class LeakFilter(_SeesUpdates, DXOFilter):
         record_truth: bool = False,
         frequency: int = 1,
         start_round: int = 0,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
     ) -> None:
         super().__init__(supported_data_kinds=list(KINDS), data_kinds_to_filter=list(KINDS))
         # NVFlare reads the settings back from attributes of the same names
         self.model, self.truth, self.image_shape, self.client = model, truth, list(image_shape), client
         self.threshold, self.attack, self.block, self.grant_labels = threshold, attack, block, grant_labels
         self.record, self.record_truth, self.frequency, self.start_round = record, record_truth, frequency, start_round
+        self.mean, self.std = mean, std
         if not 0 <= threshold <= 1 or frequency < 1:
             raise SpecError(f"threshold is {threshold} and frequency {frequency}; expected an SSIM in [0, 1] and at least 1")
 
@@ -143,32 +158,39 @@ class LeakFilter(_SeesUpdates, DXOFilter):
         number = _round(dxo, shareable, fl_ctx)
         if number < self.start_round or number % self.frequency:
             return None
-        site = fl_ctx.get_identity_name()
+        site, outgoing = fl_ctx.get_identity_name(), None
+        name = f"round-{number}-{site}"
         try:
-            passes = self._passes(dxo, site=site, number=number)
+            outgoing = self._outgoing()
+            passes = self._passes(outgoing, dxo, site=site, number=number, name=name)
         except Exception as fault:  # whatever it is, it must not cost the round
-            passes = not self.block
-            self.log_warning(fl_ctx, f"round {number}: could not be audited: {fault}", fire_event=False)
+            if outgoing is not None:
+                passes = outgoing.failed(fault, name=name)
+            else:
+                passes = not self.block
+                self.log_warning(fl_ctx, f"gradleak: {name}: could not be recorded or audited: {fault}", fire_event=False)
         if passes:
             return None
-        self.log_warning(fl_ctx, f"round {number}: the update is withheld", fire_event=False)
+        self.log_warning(fl_ctx, f"gradleak: {name}: the update is withheld", fire_event=False)
         dxo.data = {}
         return dxo
 
-    def _passes(self, dxo: DXO, *, site: str, number: int) -> bool:
-        outgoing = Outgoing(
+    def _outgoing(self) -> Outgoing:
+        return Outgoing(
             record=None if self.record is None else Path(self.record),
             record_truth=self.record_truth,
             audit={"attack": self.attack or dict(QUICK), "threshold": self.threshold},
             block=self.block,
         )
+
+    def _passes(self, outgoing: Outgoing, dxo: DXO, *, site: str, number: int, name: str) -> bool:
         function = import_function(self.truth, error=DataError) if isinstance(self.truth, str) else self.truth
         own = function(site=site, round=number)
         if not isinstance(own, Truth):
             raise DataError(f"{self.truth}: returned {type(own).__name__}, expected a gradleak Truth")
         network = self.network()
         observation = self.observe(dxo, network, batch=len(own.images), labels=own.labels if self.grant_labels else None)
-        return outgoing.passes(observation, network, own, name=f"round-{number}-{site}")
+        return outgoing.passes(observation, network, own, name=name)
 
 
 class CINetInverter(_SeesUpdates):
@@ -181,6 +203,7 @@ class CINetInverter(_SeesUpdates):
         client: As for :class:`LeakFilter`.
         attack: As for :class:`LeakFilter`.
         seed: Of the attack.
+        mean, std: As for :class:`LeakFilter`.
     """
 
     def __init__(
@@ -191,10 +214,12 @@ class CINetInverter(_SeesUpdates):
         client: dict[str, Any] | None = None,
         attack: dict[str, Any] | None = None,
         seed: int = 0,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
     ) -> None:
         super().__init__()
         self.model, self.batch, self.image_shape, self.client = model, batch, list(image_shape), client
-        self.attack, self.seed = attack, seed
+        self.attack, self.seed, self.mean, self.std = attack, seed, mean, std
 
     def __call__(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> Tensor:
         """B x C x H x W in [0, 1].
