@@ -214,7 +214,9 @@ client = gl.FedSGD(model)
 observation = gl.simulate(client, truth)
 labels = gl.recover("known", observation, client)
 recipe = gl.attack("inverting-gradients", rounds=2, snapshots=0)
-invert(observation, gl.attack("inverting-gradients", rounds=1, snapshots=0), client=client, labels=labels, progress=False)
+for piece in (8, None):  # kernels for both sizes are made before memory is short
+    client.in_pieces(piece)
+    invert(observation, gl.attack("inverting-gradients", rounds=1, snapshots=0), client=client, labels=labels, progress=False)
 pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 _, most = resource.getrlimit(resource.RLIMIT_AS)
 for extra in range(100, 0, -12):  # less and less, until 16 images at once do not fit

@@ -690,8 +690,7 @@ def main() -> NoReturn:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.captureWarnings(True)
     given = sys.argv[1:]
-    if "--quiet" in given:
-        logging.getLogger("gradleak").setLevel(logging.WARNING)
+    handler.setLevel(logging.WARNING if "--quiet" in given else logging.INFO)
     as_json = "--json" in given and not {"--help", "-h"} & set(given)
     try:
         if not as_json:

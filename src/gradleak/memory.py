@@ -175,7 +175,8 @@ def _control_group() -> float:
 
 
 def is_out_of_memory(fault: BaseException) -> bool:
-    """Whether an error says that memory ran out: torch raises a plain RuntimeError for it on the CPU."""
+    """Whether an error says that memory ran out: torch raises a plain RuntimeError for it on the CPU, oneDNN another."""
+    said = ("allocate memory", "could not create a primitive")
     return isinstance(fault, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(fault, RuntimeError) and "allocate memory" in str(fault)
+        isinstance(fault, RuntimeError) and any(text in str(fault) for text in said)
     )
