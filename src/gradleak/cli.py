@@ -529,7 +529,7 @@ def convert(
     """
     from gradleak import run
     from gradleak.spec import override, read_table
-    from gradleak.validate import parse_shape, read_labels
+    from gradleak.updates import read_labels
 
     if (gradient is None) == (after is None):
         raise SpecError("convert: give either --gradient FILE, or --after FILE with --before FILE")
@@ -543,7 +543,7 @@ def convert(
         before=before,
         after=after,
         batch=batch,
-        image_shape=parse_shape(image_shape),
+        image_shape=_image_shape(image_shape),
         labels=None if labels is None else read_labels(labels),
     )
     observation.save(out)
@@ -763,6 +763,14 @@ def _overrides(
     # a JSON string is one of TOML too
     own = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items() if value is not None]
     return [*own, *(given or []), *([] if memory_limit is None else [f"memory_limit_mb={memory_limit}"])]
+
+
+def _image_shape(text: str) -> tuple[int, int, int]:
+    """(C, H, W) from ``3x32x32``. Raises :class:`~gradleak.errors.SpecError` for anything else."""
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(p.isascii() and p.isdecimal() and 0 < int(p) < 100_000 for p in parts):
+        raise SpecError(f"--image-shape {text}: expected channels x height x width, for example 3x32x32")
+    return int(parts[0]), int(parts[1]), int(parts[2])
 
 
 def _command() -> str:

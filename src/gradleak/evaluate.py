@@ -248,8 +248,7 @@ def target_scores(
     Raises:
         DataError: The targets have other shapes.
     """
-    if are_classes(used) and truth.is_floating_point() and truth.ndim == 2:
-        truth = truth.argmax(1)  # of soft labels
+    truth = _as_classes(truth, used)
     if are_classes(used) and are_classes(truth):
         return label_scores(used, truth, classes=classes)
     if used.shape != truth.shape:
@@ -375,8 +374,13 @@ def _summary(name: str, values: list[float | None]) -> dict[str, float | None]:
     }
 
 
+def _as_classes(truth: Tensor, used: Tensor) -> Tensor:
+    """The client's targets; of soft labels the classes, where the attack used classes."""
+    return truth.argmax(1) if are_classes(used) and truth.is_floating_point() and truth.ndim == 2 else truth
+
+
 def _label_matches(labels: Tensor, truth: Truth, order: Tensor) -> int:
-    own = truth.labels.argmax(1) if are_classes(labels) and truth.labels.ndim == 2 else truth.labels
+    own = _as_classes(truth.labels, labels)
     if labels.shape != own.shape:
         raise DataError(f"labels have shape {tuple(labels.shape)}, the truth's {tuple(truth.labels.shape)}")
     same = labels.cpu()[order] == own.cpu()

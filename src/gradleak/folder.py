@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -111,3 +112,8 @@ def lock_folder(out: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # Windows removes no open file; then it stays, and is harmless
             (out / LOCK).unlink(missing_ok=True)
         lock.release()
+
+
+def batch_of(labels: dict[str, Any]) -> int:
+    """B, by what result.json says of the labels: ``shape``, or ``values`` in older ones."""
+    return int(labels["shape"][0]) if labels.get("shape") else len(labels["values"] or [])

@@ -151,7 +151,9 @@ class ClientOperator:
 
     def loss(self, weights: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
         """L(F(x; W), y), a scalar; y are classes, or whatever targets the loss takes (:mod:`gradleak.targets`)."""
-        output = self.outputs(images, weights)
+        return self._compare(self.outputs(images, weights), labels)
+
+    def _compare(self, output: Tensor, labels: Tensor) -> Tensor:
         return self.training_loss(output, labels.to(output) if labels.is_floating_point() else labels)
 
     def check_loss(self, images: Tensor, labels: Tensor) -> None:
@@ -166,7 +168,7 @@ class ClientOperator:
         with torch.no_grad():
             output = self.outputs(x)
             try:
-                value = self.training_loss(output, y.to(output) if y.is_floating_point() else y)
+                value = self._compare(output, y)
             except Exception as cause:  # the user's code may raise anything
                 raise SpecError(
                     f"client.loss: {self.loss_name} fails on two outputs {tuple(output.shape)} and targets {y.dtype} "
@@ -182,6 +184,10 @@ class ClientOperator:
         value = self.loss(dict(zip(weights, leaves, strict=True)), images, labels)
         gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
         return dict(zip(weights, gradients, strict=True))
+
+    def _vjp(self, images: Tensor, labels: Tensor, engine: Engine) -> tuple[Update, Transpose]:
+        """The gradient at W, and its transpose."""
+        return engine(lambda weights, x: self.loss(weights, x, labels), self.weights, images)
 
     def batch_statistics(self, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Mean and biased variance, per channel, of what each batch-norm layer is given for these images together.
@@ -347,9 +353,6 @@ class FedSGD(ClientOperator):
         parts = zip(images.split(self.piece), labels.split(self.piece), strict=True)
         return [(x, y, len(x) / len(images)) for x, y in parts]
 
-    def _vjp(self, images: Tensor, labels: Tensor, engine: Engine) -> tuple[Update, Transpose]:
-        return engine(lambda weights, x: self.loss(weights, x, labels), self.weights, images)
-
     def _joint_vjp(self, images: Tensor, labels: Tensor, engine: Engine) -> tuple[Update, JointTranspose]:
         count, sizes = len(images), [images[0].numel(), labels[0].numel()]
 
@@ -446,7 +449,7 @@ class FedAvg(ClientOperator):
 
     def vjp(self, images: Tensor, labels: Tensor, *, engine: Engine = exact) -> tuple[Update, Transpose]:
         if len(self.batches(len(images))) == 1:  # eta times one gradient, which any engine can transpose
-            gradient, back = engine(lambda weights, x: self.loss(weights, x, labels), self.weights, images)
+            gradient, back = self._vjp(images, labels, engine)
             return self._scaled(gradient), lambda cotangent: back(self._scaled(cotangent))
         update, transpose = self._adjoint(images, labels, engine, soft=False)
         return update, lambda cotangent: transpose(cotangent)[0]

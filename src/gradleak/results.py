@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradleak.errors import DataError, GradleakError, OutputError
 from gradleak.files import parse_json, read_text, write_atomically
-from gradleak.folder import LOG, MATRIX, RECONSTRUCTION, REPORT, RESULT, lock_folder
+from gradleak.folder import LOG, MATRIX, RECONSTRUCTION, REPORT, RESULT, batch_of, lock_folder
 from gradleak.observation import check_labels
 from gradleak.report import MatrixData, ReportData, render_matrix, write_report
 from gradleak.spec import describe
@@ -194,11 +194,6 @@ def read_run(folder: Path) -> Run:
             f"torch.uint8 (S, {', '.join(map(str, images.shape))}) and (S,)"
         )
     return Run(result, read_history(folder), images, labels, snapshots, [int(n) for n in rounds.tolist()])
-
-
-def batch_of(labels: dict[str, Any]) -> int:
-    """B, by what result.json says of the labels: ``shape``, or ``values`` in older ones."""
-    return int(labels["shape"][0]) if labels.get("shape") else len(labels["values"] or [])
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -370,13 +370,6 @@ def evaluate_run(
 
 def _evaluate_run(folder: Path, truth: Truth, *, lpips: str, redact: bool, force: bool) -> dict[str, Any]:
     run = read_run(folder)
-    before = (run.result.get("per_image") or {}).get("mse")
-    if before and not force:
-        now = evaluate(run.images, truth, lpips="off").per_image["mse"]
-        if any(abs((a or 0) - (b or 0)) > 1e-4 * ((a or 0) + (b or 0)) for a, b in zip(before, now, strict=True)):
-            raise OutputError(
-                f"{folder}: was scored against other images, and that report would be lost; give this run's truth, or --force"
-            )
     result = _finish(
         folder,
         run.result,
@@ -388,6 +381,7 @@ def _evaluate_run(folder: Path, truth: Truth, *, lpips: str, redact: bool, force
         truth=truth,
         lpips=lpips,
         redact=redact,
+        other_truth=force,
     )
     if redact:
         remove_pictures(folder)
@@ -765,6 +759,7 @@ def _finish(
     lpips: str,
     redact: bool,
     decoys: Tensor | None = None,
+    other_truth: bool = False,
 ) -> dict[str, Any]:
     """result.json, report.html and grid.png, with scores where there is a truth, without pictures where they are redacted."""
     if redact:
@@ -779,6 +774,15 @@ def _finish(
         )
     else:
         evaluation = evaluate(images, truth, labels=labels, lpips=lpips)
+        before, now = (result.get("per_image") or {}).get("mse"), evaluation.per_image["mse"]
+        if (
+            before
+            and not other_truth
+            and any(abs((a or 0) - (b or 0)) > 1e-4 * ((a or 0) + (b or 0)) for a, b in zip(before, now, strict=True))
+        ):
+            raise OutputError(
+                f"{folder}: was scored against other images, and that report would be lost; give this run's truth, or --force"
+            )
         result |= scores(evaluation)
         result["identification"] = dataclasses.asdict(identify(images, truth, decoys=decoys))
         result["labels"] |= target_scores(

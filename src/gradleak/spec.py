@@ -237,7 +237,7 @@ class MatrixSpec(_Table):
     def _attacks(cls, attacks: Any) -> Any:
         if not isinstance(attacks, list):
             return attacks
-        named = [{"name": entry} if isinstance(entry, str) else entry for entry in attacks]
+        named = [_with_name(entry) for entry in attacks]
         if bad := [entry for entry in named if not (isinstance(entry, dict) and isinstance(entry.get("name"), str))]:
             raise ValueError(
                 f'each attack is a name or a table with a name, such as {{name="dlg", rounds=50}}; found {bad[0]!r}'
@@ -250,7 +250,12 @@ class MatrixSpec(_Table):
         if not isinstance(defences, list):
             return defences
         lists = [entry if isinstance(entry, list) else [entry] for entry in defences]
-        return [[{"name": entry} if isinstance(entry, str) else entry for entry in entries] for entries in lists]
+        return [[_with_name(entry) for entry in entries] for entries in lists]
+
+
+def _with_name(entry: Any) -> Any:
+    """A name alone is a table with it."""
+    return {"name": entry} if isinstance(entry, str) else entry
 
 
 class RunSpec(_Table):
@@ -288,11 +293,7 @@ class RunSpec(_Table):
     def _listed(cls, defence: Any) -> Any:
         if isinstance(defence, dict):
             raise ValueError("expected a list of tables: write [[defence]] with two brackets")
-        return (
-            [{"name": entry} if isinstance(entry, str) else entry for entry in defence]
-            if isinstance(defence, list)
-            else defence
-        )
+        return [_with_name(entry) for entry in defence] if isinstance(defence, list) else defence
 
 
 #: What ``gradleak audit`` runs when no specification is given: eight embedded photographs, sigmoid ResNet-18 of width 32.

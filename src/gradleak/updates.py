@@ -68,20 +68,22 @@ def from_gradient(
     Raises:
         ObservationError: Names, shapes or numbers do not fit the model; says which.
     """
-    parameters = {plain_name(name): p for name, p in model.named_parameters()}
+    parameters = _parameters(model)
     shapes = {name: p.shape for name, p in parameters.items()}
     update = _named(gradient, shapes, model, where="the gradient")
     if unknown := [name for name in update if name not in parameters]:
         raise ObservationError(f"the gradient: {unknown[0]!r} is no parameter of the model; is it another model?")
+    state = {**parameters, **{plain_name(name): b for name, b in model.named_buffers()}}
     return _observation(
-        {name: t.float() for name, t in update.items() if parameters[name].requires_grad},
-        {name: p.detach() for name, p in parameters.items()},
-        {plain_name(name): b for name, b in model.named_buffers()},
+        {name: t.float() for name, t in update.items()},
+        state,
+        model,
         batch=batch,
         image_shape=image_shape,
-        client=client or ClientSpec(mode="train" if model.training else "eval"),
+        client=client,
         labels=labels,
-        normalisation=_normalisation(mean, std, channels=image_shape[0]),
+        mean=mean,
+        std=std,
         defences=defences,
     )
 
@@ -115,13 +117,13 @@ def from_weights(
     Raises:
         ObservationError: Names, shapes or numbers do not fit the model, or nothing changed.
     """
-    own = {plain_name(name): t for name, t in model.state_dict().items()}
+    own = _state(model)
     shapes = {name: t.shape for name, t in own.items()}
     old = {**own, **({} if before is None else _named(before, shapes, model, where="the weights before"))}
     new = _named(after, shapes, model, where="the weights after")
-    parameters = {plain_name(name): p for name, p in model.named_parameters()}
+    parameters = _parameters(model)
     trained = [name for name in new if name in parameters and parameters[name].requires_grad]
-    update = {name: (old[name].double() - new[name].double()).float() for name in trained}
+    update = {name: _change(old[name], new[name]) for name in trained}
     if labels is None and (client is None or client.protocol == "fedsgd"):
         log.warning(
             "the learning rate is not known, so labels that are recovered from this update can be wrong: give labels, or "
@@ -136,13 +138,14 @@ def from_weights(
         )
     return _observation(
         update,
-        {name: old[name] for name in parameters},
-        {name: t for name, t in old.items() if name not in parameters},
+        old,
+        model,
         batch=batch,
         image_shape=image_shape,
-        client=client or ClientSpec(mode="train" if model.training else "eval"),
+        client=client,
         labels=labels,
-        normalisation=_normalisation(mean, std, channels=image_shape[0]),
+        mean=mean,
+        std=std,
         defences=defences,
     )
 
@@ -198,7 +201,7 @@ class observe:
         model = self._model
         # zero_grad() as the block's first line makes new ones; those that are still there at its end were added to
         self._earlier = [p.grad for p in model.parameters() if p.grad is not None and bool(p.grad.any())]
-        self._before = {plain_name(name): t.detach().clone() for name, t in model.state_dict().items()}
+        self._before = {name: t.detach().clone() for name, t in _state(model).items()}
         self._mode, self._shapes, self._images = model.training, set[tuple[int, ...]](), 0
         self._begun, self._stepped, self._range = self._versions(), False, (0.0, 1.0)
         self._hook = model.register_forward_pre_hook(self._look, prepend=True)
@@ -227,24 +230,25 @@ class observe:
                 "Give batch= and image_shape= if the model is called otherwise"
             )
         image_shape = self._image_shape or next(iter(self._shapes))
-        parameters = {plain_name(name): p for name, p in self._model.named_parameters()}
+        parameters = _parameters(self._model)
         if client.protocol == "fedavg":
-            update = {n: (self._before[n].double() - p.detach().double()).float() for n, p in parameters.items()}
+            update = {name: _change(self._before[name], p.detach()) for name, p in parameters.items()}
         else:
-            update = {n: p.grad.detach().float() for n, p in parameters.items() if p.grad is not None}
+            update = {name: p.grad.detach().float() for name, p in parameters.items() if p.grad is not None}
         if not update:
             raise ObservationError(
                 "observe: no parameter has a gradient at the end of the block; call backward() in it, and zero_grad() before"
             )
         self.observation = _observation(
-            {name: t for name, t in update.items() if parameters[name].requires_grad},
-            {name: self._before[name] for name in parameters},
-            {name: t for name, t in self._before.items() if name not in parameters},
+            update,
+            self._before,
+            self._model,
             batch=batch,
             image_shape=image_shape,
             client=client,
             labels=self._labels,
-            normalisation=_normalisation(self._mean, self._std, channels=image_shape[0]),
+            mean=self._mean,
+            std=self._std,
             defences=self._defences,
         )
 
@@ -285,7 +289,7 @@ def load_weights(model: nn.Module, weights: Arrays, *, where: str = "the weights
     Raises:
         ObservationError: As :func:`from_gradient`.
     """
-    own = {plain_name(name): t for name, t in model.state_dict().items()}
+    own = _state(model)
     found = _named(weights, {name: t.shape for name, t in own.items()}, model, where=where)
     with torch.no_grad():
         for name, tensor in found.items():
@@ -320,11 +324,47 @@ def read_arrays(path: Path) -> Arrays:
     raise ObservationError(f"{path}: unknown kind of file; expected .safetensors, .npz, .pt, .pth, .bin or .ckpt")
 
 
+def read_labels(text: str) -> Tensor:
+    """Classes from ``3,0,7``, or targets from the array ``labels``, ``targets`` or ``y`` of a .npz or .safetensors file.
+
+    Raises:
+        SpecError: Neither whole numbers nor a file with such an array.
+    """
+    numbers = [part.strip() for part in text.split(",")]
+    if all(n.isascii() and n.isdecimal() for n in numbers):
+        return torch.tensor([int(n) for n in numbers])
+    path = Path(text)
+    if path.suffix.lower() not in (".npz", ".safetensors"):
+        raise SpecError(
+            f"--labels {text}: expected classes such as 3,0,7, or a .npz or .safetensors file with an array 'labels'"
+        )
+    arrays = read_arrays(path)
+    names = ("labels", "targets", "y")
+    found = next((arrays[name] for name in names if isinstance(arrays, dict) and name in arrays), None)
+    if found is None:
+        raise SpecError(f"--labels {text}: no array {' or '.join(map(repr, names))} in it")
+    return torch.as_tensor(found)
+
+
 def plain_name(name: str) -> str:
     """A parameter's name without the prefixes of :data:`PREFIXES`."""
     while prefix := next((p for p in PREFIXES if name.startswith(p)), ""):
         name = name.removeprefix(prefix)
     return name.replace("._orig_mod.", ".")
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {plain_name(name): p for name, p in model.named_parameters()}
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers."""
+    return {plain_name(name): t for name, t in model.state_dict().items()}
+
+
+def _change(before: Tensor, after: Tensor) -> Tensor:
+    """A difference of weights, in float64: small steps would drown."""
+    return (before.double() - after.double()).float()
 
 
 def _named(arrays: Arrays, shapes: Mapping[str, torch.Size], model: nn.Module, *, where: str) -> dict[str, Tensor]:
@@ -348,9 +388,9 @@ def _named(arrays: Arrays, shapes: Mapping[str, torch.Size], model: nn.Module, *
 
 def _order(tensors: list[Tensor], model: nn.Module, *, where: str) -> list[str]:
     """The names that arrays in F's order have: of trainable parameters, of all parameters, or of the whole state."""
-    parameters = {plain_name(name): p for name, p in model.named_parameters()}
+    parameters = _parameters(model)
     orders = {
-        "state_dict()": {plain_name(name): t.shape for name, t in model.state_dict().items()},
+        "state_dict()": {name: t.shape for name, t in _state(model).items()},
         "parameters()": {name: p.shape for name, p in parameters.items()},
         "the trainable parameters()": {name: p.shape for name, p in parameters.items() if p.requires_grad},
     }
@@ -379,16 +419,22 @@ def _tensor(array: Any, where: str) -> Tensor:
 
 def _observation(
     update: Update,
-    weights: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    model: nn.Module,
     *,
     batch: int,
     image_shape: Sequence[int],
-    client: ClientSpec,
+    client: ClientSpec | None,
     labels: Any,
-    normalisation: Normalisation | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
     defences: Iterable[DefenceSpec | Mapping[str, Any]],
 ) -> Observation:
+    """What the constructors share: ``update`` of F's trainable parameters, at ``state``, its parameters and buffers."""
+    parameters = _parameters(model)
+    update = {name: t for name, t in update.items() if parameters[name].requires_grad}
+    client = client or ClientSpec(mode="train" if model.training else "eval")
+    normalisation = _normalisation(mean, std, channels=image_shape[0])
     if batch < 1 or len(image_shape) != 3 or min(image_shape) < 1:
         raise ObservationError(f"expected batch >= 1 and image_shape (C, H, W), found {batch} and {tuple(image_shape)}")
     if client.loss not in LOSSES and ":" not in client.loss:
@@ -396,12 +442,12 @@ def _observation(
     client.sizes(batch)
     check_update(update, where="the update")
     sent = {name: t.cpu() for name, t in update.items() if bool(t.any())}
-    unsent = [name for name in weights if name not in sent]
+    unsent = [name for name in parameters if name not in sent]
     if unsent and client.layers is None:
         log.info(
             "%d of %d parameters are not in the update, or zero throughout it (%s): the attack matches the others",
             len(unsent),
-            len(weights),
+            len(parameters),
             ", ".join(unsent[:3]) + (" ..." if len(unsent) > 3 else ""),
         )
         client = client.model_copy(update={"layers": list(sent)})
@@ -412,8 +458,8 @@ def _observation(
             raise ObservationError(f"labels have shape {tuple(targets.shape)}, expected the batch of {batch} first")
     return Observation(
         update=sent,
-        weights={name: t.detach().cpu().clone() for name, t in weights.items()},
-        buffers={name: t.detach().cpu().clone() for name, t in buffers.items()},
+        weights={name: state[name].detach().cpu().clone() for name in parameters},
+        buffers={name: t.detach().cpu().clone() for name, t in state.items() if name not in parameters},
         image_shape=(int(image_shape[0]), int(image_shape[1]), int(image_shape[2])),
         batch=batch,
         protocol=client,

@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gradleak import models
 from gradleak.client import operator
-from gradleak.errors import ObservationError, SpecError
+from gradleak.errors import ObservationError
 from gradleak.invariance import image_sensitivity
+from gradleak.labels import joint
 from gradleak.observation import FORMAT, TRUTH_FORMAT, Observation, Truth
 from gradleak.run import named, protocol_in_words, spec_for
 from gradleak.tensors import read_metadata
@@ -152,8 +151,6 @@ def validate(
         client = operator(observation, models.build(spec.model, image_shape=observation.image_shape), where=str(path))
         labels = observation.labels
         if labels is None:
-            from gradleak.labels import joint
-
             labels = joint(observation, client)
         sensitivity, fits = image_sensitivity(client, labels, observation.image_shape), True
     else:
@@ -180,35 +177,3 @@ def validate(
         image_sensitivity=sensitivity,
         remarks=remarks,
     )
-
-
-def parse_shape(text: str) -> tuple[int, int, int]:
-    """(C, H, W) from ``3x32x32``. Raises :class:`~gradleak.errors.SpecError` for anything else."""
-    parts = text.lower().split("x")
-    if len(parts) != 3 or not all(p.isascii() and p.isdecimal() and 0 < int(p) < 100_000 for p in parts):
-        raise SpecError(f"--image-shape {text}: expected channels x height x width, for example 3x32x32")
-    return int(parts[0]), int(parts[1]), int(parts[2])
-
-
-def read_labels(text: str) -> torch.Tensor:
-    """Classes from ``3,0,7``, or targets from the array ``labels``, ``targets`` or ``y`` of a .npz or .safetensors file.
-
-    Raises:
-        SpecError: Neither whole numbers nor a file with such an array.
-    """
-    from gradleak.updates import read_arrays
-
-    numbers = [part.strip() for part in text.split(",")]
-    if all(n.isascii() and n.isdecimal() for n in numbers):
-        return torch.tensor([int(n) for n in numbers])
-    path = Path(text)
-    if path.suffix.lower() not in (".npz", ".safetensors"):
-        raise SpecError(
-            f"--labels {text}: expected classes such as 3,0,7, or a .npz or .safetensors file with an array 'labels'"
-        )
-    arrays = read_arrays(path)
-    names = ("labels", "targets", "y")
-    found = next((arrays[name] for name in names if isinstance(arrays, dict) and name in arrays), None)
-    if found is None:
-        raise SpecError(f"--labels {text}: no array {' or '.join(map(repr, names))} in it")
-    return torch.as_tensor(found)

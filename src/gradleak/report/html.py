@@ -19,6 +19,7 @@ from torch import Tensor
 from gradleak.errors import printable
 from gradleak.evaluate import remark
 from gradleak.files import write_atomically
+from gradleak.folder import batch_of
 from gradleak.layers import Layer, in_words, modules
 from gradleak.observation import Truth
 from gradleak.report.figures import curve_svg, grid_png, picture, png_data_uri, webp_data_uri
@@ -228,8 +229,7 @@ def write_report(folder: Path, data: ReportData) -> None:
 def _assignment(data: ReportData) -> list[int]:
     """Index of the reconstruction of every true image; without truth every reconstruction stands for itself."""
     if data.images is None:
-        labels = data.result["labels"]
-        return list(range(labels["shape"][0] if labels.get("shape") else len(labels["values"])))
+        return list(range(batch_of(data.result["labels"])))
     if data.truth is None:
         return list(range(len(data.images)))
     return data.result.get("assignment") or list(range(len(data.truth.images)))
