@@ -308,6 +308,8 @@ class _Loop:
         # DLG's optimiser steps both; with the rule ``joint`` the targets have one of their own
         together = self.targets if attack.joint_labels else None
         self.phases = attack.phases(self.image_model if together is None else nn.ModuleList([self.image_model, together]))
+        if self.targets is not None:  # a phase that builds on settled images would build on targets that still move
+            self.phases = [phase for phase in self.phases if phase.begin is None]
         self.plan = [phase for phase in self.phases for _ in range(phase.rounds)]
         self.t, self.rounds = 0, len(self.plan)
         self.target_phase = None
@@ -334,10 +336,14 @@ class _Loop:
     def round(self) -> None:
         """One step of the optimiser. A loss that is not finite, or memory that runs out, is mended once."""
         phase = self.plan[self.t]
-        parameters = [p for group in phase.optimiser.param_groups for p in group["params"]]
+        if phase.begin is not None and (self.t == 0 or self.plan[self.t - 1] is not phase):
+            self.stopped = phase.begin(self.best.images, self.best.loss / self.history[0]["loss"])
+            if self.stopped:
+                return
+            self.retreat = self._state_to_fall_back_to()
         rate = phase.optimiser.param_groups[0]["lr"]
         try:
-            loss = float(phase.optimiser.step(lambda: self._evaluate(parameters)))
+            loss = float(phase.optimiser.step(lambda: self._evaluate(phase)))
         except _NotFinite as fault:
             return self._fall_back(fault)
         except (MemoryError, RuntimeError) as fault:
@@ -472,8 +478,8 @@ class _Loop:
             torch.cuda.set_rng_state(state["device_random"], self.device)
         self._start = time.perf_counter() - state["seconds"]
 
-    def _evaluate(self, parameters: list[nn.Parameter]) -> float:
-        """The matching loss at the present parameters, and the gradient of loss plus prior in their ``grad``."""
+    def _evaluate(self, phase: Phase) -> float:
+        """The matching loss at the present parameters, and the gradient of loss plus prior in the ``grad`` of the phase's."""
         for p in [*self.image_model.parameters(), *([] if self.targets is None else self.targets.parameters())]:
             p.grad = None
         self.images = images = self.image_model()
@@ -486,8 +492,8 @@ class _Loop:
             losses.append(loss)
             cotangents.append(hold_gain(member, cotangent) if self.natural else cotangent)
         images.backward(torch.cat(cotangents))
-        if self.attack.signed:
-            for p in parameters:
+        if phase.signed:
+            for p in (p for group in phase.optimiser.param_groups for p in group["params"]):
                 if p.grad is not None:
                     p.grad.sign_()
         return min(losses)
