@@ -50,8 +50,8 @@ class CINetAttack(Attack):
         residual: Skip connection around each block.
         convolutions: 3x3 convolutions in a block.
         pixel_share: Share of the rounds, the last ones, in which L-BFGS corrects the pixels of what the generator made
-            (:class:`gradleak.image_model.Corrected`), where the generator has explained the update well enough to go on from.
-            The learning rate's schedule is that of all rounds. Not with a group.
+            (:class:`gradleak.image_model.Corrected`). The learning rate's schedule is that of all rounds. The generator has these
+            rounds too in a group, with targets that are fitted, and where it left too much of the update unexplained.
 
     The choices are those of appendix B (:class:`gradleak.cinet.CINet`). The defaults are our fastest good recipe, ``cinet``:
     Adam on signs with cosine decay, SiLU, sigmoid output, no spectral norm.
@@ -72,7 +72,7 @@ class CINetAttack(Attack):
     @property
     def pixel_rounds(self) -> int:
         """How many of the rounds correct pixels."""
-        return 0 if self.group > 1 else round(self.pixel_share * self.rounds)
+        return 0 if self.group > 1 else min(round(self.pixel_share * self.rounds), self.rounds - 1)
 
     def image_model(self, problem: Problem) -> nn.Module:
         if self.group > 1:
@@ -87,14 +87,10 @@ class CINetAttack(Attack):
         theta = list(image_model.generator.parameters())
         lbfgs = LBFGS([image_model.u], lr=LONGEST_STEP)
 
-        def begin(images: Tensor, share: float) -> str:
-            if share > EXPLAINED:
-                return (
-                    f"after {self.rounds - self.pixel_rounds} rounds the matching loss was {share:.0%} of the first one: too much "
-                    "is unexplained for correcting pixels"
-                )
-            image_model.settle(images)
-            return ""
+        def begin(images: Tensor, share: float) -> bool:
+            if share <= EXPLAINED:
+                image_model.settle(images)
+            return share <= EXPLAINED
 
         return [
             self.phase(theta, self.rounds - self.pixel_rounds, horizon=self.rounds),
@@ -123,7 +119,8 @@ class CINetAttack(Attack):
         generator = generator.generator if isinstance(generator, Corrected) else generator
         assert isinstance(generator, CINet)
         size = sum(p.numel() for p in generator.parameters())
-        return {"generator_channels": generator.channels, "generator_parameters": size}
+        corrected = isinstance(image_model, Corrected) and bool(image_model.settled)
+        return {"generator_channels": generator.channels, "generator_parameters": size, "pixels_corrected": corrected}
 
 
 def resolve_channels(channels: int | ChannelRule, problem: Problem, *, latent: int, convolutions: int) -> int:

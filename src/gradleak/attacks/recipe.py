@@ -70,14 +70,14 @@ class Phase:
         schedule: Stepped after each.
         signed: Whether the optimiser is fed the sign of the gradient.
         begin: Called before the first of them with the best images so far, B x C x H x W, and their matching loss as a share of
-            the first one; a text that is not empty says why the attack ends here instead.
+            the first one. If it returns False, the phase before has these rounds too.
     """
 
     rounds: int
     optimiser: torch.optim.Optimizer
     schedule: LambdaLR
     signed: bool = False
-    begin: Callable[[Tensor, float], str] | None = None
+    begin: Callable[[Tensor, float], bool] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
