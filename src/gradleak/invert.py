@@ -27,7 +27,7 @@ from gradleak.distance import DISTANCES
 from gradleak.errors import CheckpointError, DivergedError, MemoryLimitError
 from gradleak.invariance import bright_gain, gain_sensitivity, hold_gain
 from gradleak.labels import Labels
-from gradleak.memory import fit, is_out_of_memory
+from gradleak.memory import fit, is_out_of_memory, keep_freed_memory
 from gradleak.observation import Observation
 from gradleak.targets import FreeTargets
 from gradleak.vjp import SelfChecking, engine
@@ -148,6 +148,8 @@ def invert(
     """
     dtype = torch.float64 if attack.precision == "float64" else torch.float32
     device = next(iter(client.weights.values())).device
+    if device.type == "cpu":
+        keep_freed_memory()
     client, y = client.to(device, dtype), labels.values.to(device)
     if y.is_floating_point():
         y = y.to(dtype)
