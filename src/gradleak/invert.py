@@ -150,7 +150,7 @@ def invert(
     device = next(iter(client.weights.values())).device
     if device.type == "cpu":
         keep_freed_memory()
-    client, y = client.to(device, dtype), labels.values.to(device)
+    client, y = client.to(device, dtype).last(attack.matched), labels.values.to(device)
     if y.is_floating_point():
         y = y.to(dtype)
     generator = torch.Generator().manual_seed(0)
