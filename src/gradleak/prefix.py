@@ -7,7 +7,7 @@ cotangents at the border goes back instead of two cotangents.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -41,20 +41,29 @@ class Prefix:
         self.images = images
         self.pieces: list[Piece] = []
         self._known = {id(images)}
+        self._used = True
 
     @property
     def border(self) -> list[Tensor]:
         """The images and all cut outputs; a gradient with respect to them is None where the rest of F does not see them."""
         return [self.images, *(piece.cut for piece in self.pieces)]
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """A pass of F inside records, if nothing is recorded yet, or repeats."""
+    def __call__(self, compute: Callable[[], Tensor]) -> Tensor:
+        """A pass of F: recorded, if it is the first one, else with the recorded outputs."""
+        if not self._used:
+            return compute()
         token = _active.set(self)
         try:
-            yield
+            return compute()
+        except RuntimeError as fault:
+            # F changes an output of the prefix in place, which autograd refuses for one that is cut off
+            if "in-place" not in str(fault):
+                raise
+            self._used = False
+            self.pieces.clear()
         finally:
             _active.reset(token)
+        return compute()
 
     def backward(self, cotangents: list[Tensor | None]) -> Tensor:
         """From cotangents of the :attr:`border` to that of the images. Can be called several times."""
@@ -120,11 +129,11 @@ def _still(model: nn.Module, moving: Collection[str]) -> list[nn.Module]:
 def _through(prefix: Prefix, module: nn.Module, recording: bool) -> Iterator[None]:
     own = vars(module).get("forward")
     forward = module.forward
-    module.forward = lambda *inputs, **named: prefix._call(module, forward, recording, inputs, named)  # type: ignore[method-assign]
+    module.forward = lambda *inputs, **named: prefix._call(module, forward, recording, inputs, named)
     try:
         yield
     finally:
         if own is None:
             del module.forward
         else:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own

@@ -97,6 +97,8 @@ class ClientOperator:
         for module in self.model.modules():
             if isinstance(module, RANDOM):
                 module.eval()
+            if vars(module).get("inplace") is True:  # the same numbers, and an output that is kept stays what it was
+                vars(module)["inplace"] = False
         self.mode: Mode = mode
         self.loss_name = loss if isinstance(loss, str) else getattr(loss, "__name__", "own")
         self.training_loss = training_loss(loss) if isinstance(loss, str) else loss

@@ -84,7 +84,8 @@ def secant(loss: Loss, weights: Update, images: Tensor, *, step: float = 1e-3) -
     r""":math:`(\nabla_x L(x; W + h r) - \nabla_x L(x; W)) / h` with :math:`h = \text{step} / \|r\|`.
 
     Needs first derivatives only: about five forward passes of F in place of eight and a half, and less than half the
-    memory; fewer still where no weight moves in the first layers (:mod:`gradleak.prefix`). The error is of order ``step`` (curvature) plus round-off over ``step``.
+    memory; fewer still where no weight moves in the first layers (:mod:`gradleak.prefix`). The error is of order ``step``
+    (curvature) plus round-off over ``step``.
 
     Args:
         loss: :math:`L(W, x)`, once differentiable.
@@ -96,8 +97,7 @@ def secant(loss: Loss, weights: Update, images: Tensor, *, step: float = 1e-3) -
     leaves = [weights[name].detach().requires_grad_() for name in names]
     images = images.detach().requires_grad_()
     prefix = Prefix(images)
-    with prefix():
-        value = loss(dict(zip(names, leaves, strict=True)), images)
+    value = prefix(lambda: loss(dict(zip(names, leaves, strict=True)), images))
     found = torch.autograd.grad(value, [*leaves, *prefix.border], allow_unused=True)
     gradients = [torch.zeros_like(w) if g is None else g for w, g in zip(leaves, found, strict=False)]
     # the first pass's cotangents are the secant's base point: reusing them saves two of seven passes
@@ -109,8 +109,8 @@ def secant(loss: Loss, weights: Update, images: Tensor, *, step: float = 1e-3) -
             return torch.zeros_like(images)
         h = step / size
         moved = torch._foreach_add([w.detach() for w in leaves], [cotangent[name] for name in names], alpha=h)
-        with torch.enable_grad(), prefix():
-            value = loss(dict(zip(names, moved, strict=True)), images)
+        with torch.enable_grad():
+            value = prefix(lambda: loss(dict(zip(names, moved, strict=True)), images))
         ends = torch.autograd.grad(value, prefix.border, allow_unused=True)
         return prefix.backward(
             [None if a is None or b is None else (a - b).mul_(1 / h) for a, b in zip(ends, base, strict=True)]
