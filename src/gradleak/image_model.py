@@ -23,10 +23,13 @@ class Pixels(nn.Module):
 
     Attributes:
         images: The images, (group B) x C x H x W.
+        rows: Which images of each member's batch ``forward()`` gives; all of them at first.
 
     Shapes:
         ``forward()`` -> (group B) x C x H x W. First values come from torch's global random state.
     """
+
+    rows = slice(None)
 
     def __init__(
         self,
@@ -37,12 +40,15 @@ class Pixels(nn.Module):
         initial: Initial = "normal",
     ) -> None:
         super().__init__()
+        self.group = group
         noise = torch.randn(group * batch, *image_shape)
         starts: dict[str, Callable[[], Tensor]] = {"normal": lambda: noise, "normalised": lambda: 0.5 + 0.25 * noise}
         self.images = nn.Parameter(starts[initial]())
 
     def forward(self) -> Tensor:
-        return self.images
+        if self.rows == slice(None):
+            return self.images
+        return torch.cat([member[self.rows] for member in self.images.chunk(self.group)])
 
     @torch.no_grad()
     def clamp(self) -> None:
