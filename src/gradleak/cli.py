@@ -737,7 +737,8 @@ def _run(handler: logging.Handler, *, as_json: bool, group: Processes | None = N
             _echo("gradleak: another process of this run has ended, so this one ends too", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        _echo("gradleak: interrupted", err=True)
+        if not silent:
+            _echo("gradleak: interrupted", err=True)
         sys.exit(130)
     except _UsageError as error:
         if silent:

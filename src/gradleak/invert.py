@@ -604,9 +604,11 @@ class _Loop:
             self._warn(f"Memory ran out in round {self.t + 1}: the attack went on with {client.piece} images at a time.")
             return
         if math.isinf(self.best.loss) or self.shard.world > 1:  # other processes wait for this one's images
+            when = f"round {self.t + 1}" if self.t else "the first round"
+            size = client.held_images(batch)
             raise MemoryLimitError(
-                f"memory ran out in round {self.t + 1}, with {size} images of {self.problem.image_shape} at a time; use fewer "
-                'or smaller images, attack.engine="secant", or a machine with more memory'
+                f"memory ran out in {when}, with {size} images of {self.problem.image_shape} at a time; use fewer or smaller "
+                'images, attack.engine="secant", or a machine with more memory'
             )
         self.stopped = f"memory ran out in round {self.t + 1}; the best earlier iterate is kept"
 

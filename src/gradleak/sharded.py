@@ -9,6 +9,7 @@ Processes are started by ``torchrun``, and :func:`processes` joins them. Without
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -58,7 +59,10 @@ class Processes:
 
     def says_first(self, text: str) -> bool:
         """Whether no other process has said the same: a fault that all of them find is told once."""
-        return self.store.add(f"said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
+        try:
+            return self.store.add(f"said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
+        except dist.DistError:  # the process that keeps the store has ended
+            return True
 
     def lost(self, fault: RuntimeError) -> bool:
         """Whether an error says that another process ended."""
@@ -141,7 +145,7 @@ def of_first(update: Update) -> Update:
         return update
     whole = torch.cat([t.flatten() for t in update.values()])
     dist.broadcast(whole, src=0)
-    return dict(zip(update, _like(whole, list(update.values())), strict=True))
+    return {name: t.to(update[name]) for name, t in zip(update, _like(whole, list(update.values())), strict=True)}
 
 
 class Shard:
@@ -229,6 +233,11 @@ class Part(Shard):
         self.rows = slice(start, start + self.counts[self.rank])
         self.share = self.counts[self.rank] / batch
 
+    @functools.cache  # noqa: B019 (a few tensors, one for each device)
+    def shares(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Of all processes, world x 1."""
+        return torch.tensor(self.counts, device=device, dtype=dtype)[:, None] / self.batch
+
     def client(self, client: ClientOperator) -> ClientOperator:
         if type(client) is not FedSGD:
             raise SpecError(
@@ -306,6 +315,8 @@ def shard(batch: int, device: torch.device) -> Shard:
             f"device: {_joined.neighbours} processes on a machine with {torch.cuda.device_count()} GPUs, and each needs one of "
             "its own; start fewer with --nproc-per-node, or set device=cpu"
         )
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        raise SpecError(f"device: {device} is one GPU, and each process takes one of its own; set device=cuda")
     return Part(_joined, batch)
 
 
@@ -441,7 +452,7 @@ class _BatchNorm(torch.autograd.Function):
         found = [torch.empty_like(own) for _ in range(part.world)]
         dist.all_gather(found, own)
         means, variances = torch.stack(found, dim=1)
-        shares = own.new_tensor(part.counts)[:, None] / part.batch
+        shares = part.shares(own.device, own.dtype)
         mean = (shares * means).sum(0)
         variance = (shares * (variances + (means - mean).square())).sum(0)
         ctx.save_for_backward(x, weight, mean, variance)
