@@ -105,6 +105,7 @@ def test_batch_norm_and_its_first_and_second_derivatives_are_those_of_the_whole_
 CASES: dict[str, dict[str, Any]] = {
     "secant": {"name": "cinet", "engine": "secant", "channels": 4},
     "exact": {"name": "cinet", "engine": "exact", "channels": 4, "normalisation": "spectral"},
+    "corrected pixels": {"name": "cinet", "channels": 8, "rounds": 28, "pixel_share": 0.15},
     "auto": {"name": "cinet", "group": 2, "repeat": 2, "rounds": 2, "channels": 4},
     "pixels": {"name": "inverting-gradients", "group": 2},
     "running statistics": {"name": "cinet", "channels": 4, "mode": "eval"},
@@ -131,6 +132,7 @@ def compared(found: Reconstruction) -> dict[str, Any]:
         "loss": torch.tensor([row["loss"] for row in found.history], dtype=torch.float64),
         "labels": found.labels.values,
         "best": [found.matching_loss, found.best_round],
+        "corrected": found.notes.get("pixels_corrected", False),
     }
 
 
@@ -141,6 +143,7 @@ def test_an_attack_is_that_of_one_process(case: str, found: list[dict[str, Any]]
     for process in found:
         several = process["attacks"][case]
         assert several["best"][1] == one["best"][1]
+        assert several["corrected"] == one["corrected"] == (case == "corrected pixels")
         for name in ("loss", "images"):
             torch.testing.assert_close(several[name], one[name], rtol=1e-5, atol=1e-5)
         assert (several["snapshots"] - one["snapshots"]).abs().max() <= 1  # of 255: rounding

@@ -323,7 +323,9 @@ class _Loop:
         # DLG's optimiser steps both; with the rule ``joint`` the targets have one of their own
         together = self.targets if attack.joint_labels else None
         self.phases = attack.phases(self.image_model if together is None else nn.ModuleList([self.image_model, together]))
-        self.plan = [phase for phase in self.phases for _ in range(phase.rounds)]
+        # a phase that builds on settled images would build on targets that still move
+        self.left_out = [k for k, phase in enumerate(self.phases) if phase.begin is not None and self.targets is not None]
+        self.plan = self._plan()
         self.t, self.rounds = 0, len(self.plan)
         self.target_phase = None
         if self.targets is not None and together is None:
@@ -349,10 +351,16 @@ class _Loop:
     def round(self) -> None:
         """One step of the optimiser. A loss that is not finite, or memory that runs out, is mended once."""
         phase = self.plan[self.t]
-        parameters = [p for group in phase.optimiser.param_groups for p in group["params"]]
+        if phase.begin is not None and self.plan[self.t - 1] is not phase:
+            if phase.begin(self.shard.gather(self.best.images), self.best.loss / self.history[0]["loss"]):
+                self.retreat = self._state_to_fall_back_to()
+            else:
+                self.left_out.append(self.phases.index(phase))
+                self.plan = self._plan()
+                phase = self.plan[self.t]
         rate = phase.optimiser.param_groups[0]["lr"]
         try:
-            loss = float(phase.optimiser.step(lambda: self._evaluate(parameters)))
+            loss = float(phase.optimiser.step(lambda: self._evaluate(phase)))
         except _NotFinite as fault:
             return self._fall_back(fault)
         except (MemoryError, RuntimeError) as fault:
@@ -377,6 +385,13 @@ class _Loop:
             self.stopped = f"plateau: the matching loss fell by less than 1 % in {patience} rounds"
         elif self.t == self.rounds:
             self.stopped = f"all {self.rounds} rounds done"
+
+    def _plan(self) -> list[Phase]:
+        """The phase of each round; rounds of a phase that is left out are those of the one before."""
+        plan: list[Phase] = []
+        for k, phase in enumerate(self.phases):
+            plan += [plan[-1] if k in self.left_out else phase] * phase.rounds
+        return plan
 
     def interrupt(self, why: str) -> None:
         """No further round, unless all are done."""
@@ -446,6 +461,7 @@ class _Loop:
             "snapshots": self.snapshots,
             "warnings": self.warnings,
             "fell_back": self.fell_back,
+            "left_out": self.left_out,
             "smaller_pieces": self.smaller_pieces,
             "retreat": self.retreat,
             "random": torch.get_rng_state(),
@@ -486,13 +502,15 @@ class _Loop:
         ]
         self.snapshots, self.warnings, self.retreat = state["snapshots"], state["warnings"], state["retreat"]
         self.fell_back, self.smaller_pieces = state["fell_back"], state["smaller_pieces"]
+        self.left_out = state["left_out"]
+        self.plan = self._plan()
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["device_random"] is not None:
             torch.cuda.set_rng_state(state["device_random"], self.device)
         self._start = time.perf_counter() - state["seconds"]
 
-    def _evaluate(self, parameters: list[nn.Parameter]) -> float:
-        """The matching loss at the present parameters, and the gradient of loss plus prior in their ``grad``."""
+    def _evaluate(self, phase: Phase) -> float:
+        """The matching loss at the present parameters, and the gradient of loss plus prior in the ``grad`` of the phase's."""
         everything = [*self.image_model.parameters(), *([] if self.targets is None else self.targets.parameters())]
         for p in everything:
             p.grad = None
@@ -510,8 +528,8 @@ class _Loop:
             cotangents.append(hold_gain(member, cotangent, shard=self.shard) if self.natural else cotangent)
         images.backward(torch.cat(cotangents))
         self.shard.sum_([p.grad for p in everything if p.grad is not None])
-        if self.attack.signed:
-            for p in parameters:
+        if phase.signed:
+            for p in (p for group in phase.optimiser.param_groups for p in group["params"]):
                 if p.grad is not None:
                     p.grad.sign_()
         return min(losses)

@@ -65,11 +65,22 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Some rounds of one optimiser with its learning-rate schedule."""
+    """Some rounds of one optimiser with its learning-rate schedule.
+
+    Attributes:
+        rounds: Their number.
+        optimiser: A step of it is a round.
+        schedule: Stepped after each.
+        signed: Whether the optimiser is fed the sign of the gradient.
+        begin: Called before the first of them with the best images so far, B x C x H x W, and their matching loss as a share of
+            the first one. If it returns False, the phase before has these rounds too.
+    """
 
     rounds: int
     optimiser: torch.optim.Optimizer
     schedule: LambdaLR
+    signed: bool = False
+    begin: Callable[[Tensor, float], bool] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -140,8 +151,15 @@ class Attack:
         """What is optimised, in which order; one phase over all parameters unless a subclass says otherwise."""
         return [self.phase(list(image_model.parameters()), self.rounds)]
 
-    def phase(self, parameters: list[nn.Parameter], rounds: int, *, learning_rate: float | None = None) -> Phase:
-        """The optimiser and schedule of these settings for some parameters."""
+    def phase(
+        self,
+        parameters: list[nn.Parameter],
+        rounds: int,
+        *,
+        learning_rate: float | None = None,
+        horizon: int | None = None,
+    ) -> Phase:
+        """The optimiser and schedule of these settings for some parameters; ``horizon``: rounds that the schedule is made for."""
         eta = self.learning_rate if learning_rate is None else learning_rate
         optimisers: dict[str, Callable[[], torch.optim.Optimizer]] = {
             "adam": lambda: torch.optim.Adam(parameters, lr=eta),
@@ -149,7 +167,7 @@ class Attack:
             "lbfgs": lambda: torch.optim.LBFGS(parameters, lr=eta),
         }
         optimiser = optimisers[self.optimiser]()
-        return Phase(rounds, optimiser, LambdaLR(optimiser, schedule_factor(self.schedule, rounds)))
+        return Phase(rounds, optimiser, LambdaLR(optimiser, schedule_factor(self.schedule, horizon or rounds)), self.signed)
 
     def describe(self, problem: Problem, image_model: nn.Module) -> dict[str, Any]:
         """What a report should say of this attack beside its settings, for example the generator's size."""

@@ -1,0 +1,134 @@
+"""CI-Net's last rounds, in which L-BFGS corrects pixels: when they begin, what they bring, and how they are interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradleak.attacks import attack
+from gradleak.checkpoint import Checkpoint
+from gradleak.client import FedSGD, simulate
+from gradleak.data import load
+from gradleak.image_model import BRIGHTNESS, Corrected, photographic
+from gradleak.invert import Reconstruction, invert
+from gradleak.labels import Labels, recover
+from gradleak.observation import Truth
+from gradleak.spec import DataSpec
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_threads: None) -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def truth() -> Truth:
+    """Two photographs of 16 x 16 pixels."""
+    return load(DataSpec(source="sample", batch=2, size=16))
+
+
+@pytest.fixture(scope="module")
+def client() -> FedSGD:
+    """Two convolutions and a linear layer."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 5, stride=2, padding=2), nn.Sigmoid(), nn.Conv2d(16, 16, 3, padding=1), nn.Sigmoid()]
+    return FedSGD(nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 10)))
+
+
+def run(client: FedSGD, truth: Truth, *, rule: str = "known", **more: Any) -> Reconstruction:
+    observation = simulate(client, truth)
+    loop = {key: more.pop(key) for key in ("checkpoint", "stop") if key in more}
+    recipe = attack("cinet", **{"rounds": 60, "channels": 16, **more})
+    labels = recover("known", observation, client)
+    return invert(observation, recipe, client=client, labels=Labels(labels.values, rule), progress=False, **loop)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16, 16), (1, 1, 5, 8), (1, 4, 7, 7)])
+def test_the_spectrum_of_photographs_is_a_symmetric_map(shape: tuple[int, ...]) -> None:
+    """<S a, b> = <a, S b>, so that the gradient with respect to u is S times that of the images."""
+    torch.manual_seed(0)
+    a, b = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    assert float((photographic(a) * b).sum()) == pytest.approx(float((a * photographic(b)).sum()), rel=1e-10)
+    assert photographic(a).shape == shape
+
+
+def test_white_noise_gets_the_spectrum_of_photographs() -> None:
+    """Amplitude times frequency is the same at all frequencies; brightness varies three times as much as colour."""
+    torch.manual_seed(0)
+    x = photographic(torch.randn(4000, 3, 8, 8))
+    brightness = x.mean(1)
+    amplitude = torch.fft.fft2(brightness).abs().square().mean(0).sqrt()
+    frequency = torch.fft.fftfreq(8).abs()
+    products = [float(amplitude[0, k] * frequency[k]) for k in (1, 2, 3)]
+    assert products == pytest.approx([products[0]] * 3, rel=0.05)
+    colour = (x - brightness[:, None])[:, 0] * (3 / 2) ** 0.5  # a channel less the mean of three has 2/3 of the variance
+    assert float(brightness.std() * 3**0.5 / colour.std()) == pytest.approx(BRIGHTNESS, rel=0.05)
+
+
+def test_settled_images_stand_until_u_moves() -> None:
+    images = torch.rand(2, 3, 8, 8)
+    model = Corrected(nn.Sequential(), (2, 3, 8, 8))
+    model.settle(images)
+    assert torch.equal(model(), images)
+    copy = Corrected(nn.Sequential(), (2, 3, 8, 8))
+    copy.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        copy.u.add_(1)
+    assert torch.allclose(copy(), images + photographic(torch.ones(2, 3, 8, 8)))
+
+
+def test_the_pixel_phase_lowers_the_matching_loss_at_equal_rounds(client: FedSGD, truth: Truth) -> None:
+    with_it, without = run(client, truth, rounds=150), run(client, truth, rounds=150, pixel_share=0.0)
+    assert with_it.rounds == without.rounds == 150
+    assert with_it.notes["pixels_corrected"]
+    assert with_it.matching_loss < 0.3 * without.matching_loss
+    assert [row["loss"] for row in with_it.history[:90]] == [row["loss"] for row in without.history[:90]]
+
+
+def test_the_generator_goes_on_where_it_does_not_explain_the_update(client: FedSGD, truth: Truth, tmp_path: Path) -> None:
+    """After two rounds it does not: what follows is what an attack without a pixel phase does, also after an interruption."""
+    found, without = run(client, truth, rounds=6, pixel_share=0.5), run(client, truth, rounds=6, pixel_share=0.0)
+    assert not found.notes["pixels_corrected"]
+    assert found.rounds == 6
+    assert torch.equal(found.images, without.images)
+    path, calls = tmp_path / "checkpoint.safetensors", iter(range(1, 9))
+    run(client, truth, rounds=6, pixel_share=0.5, checkpoint=Checkpoint(path), stop=lambda: "SIGINT" * (next(calls) == 5))
+    resumed = run(client, truth, rounds=6, pixel_share=0.5, checkpoint=Checkpoint(path))
+    assert torch.equal(resumed.images, without.images)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(client: FedSGD, truth: Truth, tmp_path: Path) -> None:
+    """In the generator's rounds, at the border, and in the pixels'."""
+    whole = run(client, truth)
+    border = 60 - round(0.35 * 60)
+    for cut in (10, border - 1, border, border + 1, 50):
+        checkpoint = Checkpoint(tmp_path / f"{cut}.safetensors", every=1e9)
+        calls = iter(range(1, 1000))
+        run(client, truth, checkpoint=checkpoint, stop=lambda calls=calls, cut=cut: "SIGINT" if next(calls) == cut else "")
+        resumed = run(client, truth, checkpoint=Checkpoint(tmp_path / f"{cut}.safetensors", every=1e9))
+        assert torch.equal(resumed.images, whole.images), f"cut after round {cut}"
+        assert resumed.matching_loss == whole.matching_loss
+
+
+def test_a_group_and_joint_targets_have_no_pixel_phase(client: FedSGD, truth: Truth) -> None:
+    group = run(client, truth, rounds=6, group=2)
+    assert group.rounds == 6
+    assert group.stopped == "all 6 rounds done"
+    joint = run(client, truth, rounds=20, rule="joint")
+    assert joint.rounds == 20
+    assert not joint.notes["pixels_corrected"]
+
+
+def test_fewer_channels_are_corrected_too(truth: Truth) -> None:
+    """Grey images."""
+    torch.manual_seed(0)
+    grey = Truth(truth.images.mean(1, keepdim=True), truth.labels)
+    client = FedSGD(nn.Sequential(nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.Sigmoid(), nn.Flatten(), nn.Linear(512, 10)))
+    found = run(client, grey, rounds=60)
+    assert found.images.shape == (2, 1, 16, 16)
+    assert isinstance(found.images, Tensor)
+    assert found.rounds == 60
