@@ -59,7 +59,12 @@ def save_row(name: str, row: dict[str, Any]) -> None:
         rows[names.index(row["name"])] = row
     else:
         rows.append(row)
-    write_atomically(path, "[\n" + ",\n".join(json.dumps(r, allow_nan=False) for r in rows) + "\n]\n")
+    write_rows(path, rows)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace a file by rows, one a line."""
+    write_atomically(path, "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in rows) + "\n]\n")
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:

@@ -1,24 +1,31 @@
 """Cost of one round of an attack: a plain double-backward baseline against the engines, interleaved in one process.
 
-    python benchmarks/step.py [--models resnet18-cifar:64 ...] [--batches 4 16 64] [--repeats 7] [--json FILE]
+    python benchmarks/step.py [--models resnet18-cifar:64 torchvision/resnet18 ...] [--batches 4 16 64] [--json FILE]
 
 Every program does one whole round (generator forward, client's update, distance, transpose, generator backward, optimiser
-step) on the same client. ``units`` is seconds over those of F's forward pass, measured in the same interleaving;
-``ratio_vs_baseline`` the baseline's median over the program's. Peak memory is that of a fresh process that ran three rounds
-of one program, less that of a process that only built it. ``peak_share`` is the share of this machine's best measured
-convolution rate that F's forward pass reaches.
+step, bookkeeping) on the same client; ``seconds_per_round`` is the median over ``--repeats``, ``spread`` the least and the
+most. ``units`` is seconds over those of F's forward pass, measured in the same interleaving; ``ratio_vs_baseline`` the
+baseline's median over the program's; ``memory_vs_baseline`` the baseline's memory over the program's. ``peak_memory_mb`` is
+the peak of a fresh process that ran three rounds of one program, less that of one that only built it. ``peak_share`` is the
+share of this machine's best measured convolution rate that F's forward pass reaches.
+
+The self-checking secant of ``cinet`` runs the exact transpose in its first round and every 200 rounds: the memory has it,
+the median has not. A model is NAME[:WIDTH][@PIXELS]; torchvision's take 256 pixels, the others 32, unless it says so.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gradleak as gl  # before torch: it sets how threads wait
 
@@ -29,12 +36,30 @@ from torch.nn import functional as F
 
 from gradleak.attacks import attack
 from gradleak.attacks.recipe import Problem
-from gradleak.distance import DISTANCES
-from gradleak.invert import peak_memory_mb
-from gradleak.vjp import engine
+from gradleak.cinet import choose_channels
+from gradleak.invert import _Loop, peak_memory_mb  # the loop itself: a round here is a round of an attack
+from gradleak.labels import Labels
+from record import provenance, write_rows
 
-PROGRAMS = ("baseline", "exact", "secant", "cinet")
-Round = Callable[[], None]
+Round = Callable[[], object]
+FORWARD = "forward of F"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the programs share.
+
+    Attributes:
+        model: F.
+        images: B x C x H x W, for F's forward pass.
+        problem: What an attack is given.
+        channels: The generators' width; None: by each recipe's rule.
+    """
+
+    model: nn.Module
+    images: Tensor
+    problem: Problem
+    channels: int | None
 
 
 class PlainGenerator(nn.Module):
@@ -67,16 +92,18 @@ class PlainGenerator(nn.Module):
         return torch.tanh(self.to_rgb(x))
 
 
-def baseline(model: nn.Module, images: Tensor, labels: Tensor, channels: int) -> Round:
+def baseline(setting: Setting) -> Round:
     """A round that costs what the reference code's does: ``backward()`` on all leaves through both gradients."""
-    model = model.train()
-    observed = [g.detach() for g in torch.autograd.grad(F.cross_entropy(model(images), labels), list(model.parameters()))]
-    generator = PlainGenerator(len(images), images.shape[-1], channels)
+    model, problem = setting.model.train(), setting.problem
+    observed = [problem.observed[name] for name, _ in model.named_parameters()]
+    rule = {"batch": problem.batch, "image_shape": problem.image_shape, "update_size": problem.client.parameters}
+    channels = setting.channels or choose_channels("reference", **rule)
+    generator = PlainGenerator(problem.batch, problem.image_shape[-1], channels)
     optimiser = torch.optim.Adam(generator.parameters(), lr=1e-3)
 
     def run() -> None:
         optimiser.zero_grad()
-        loss = F.cross_entropy(model(generator()), labels)
+        loss = F.cross_entropy(model(generator()), problem.labels)
         gradient = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
         product = sum((a * b).sum() for a, b in zip(gradient, observed, strict=True))
         norms = [sum(t.pow(2).sum() for t in g).sqrt() for g in (gradient, observed)]
@@ -88,52 +115,61 @@ def baseline(model: nn.Module, images: Tensor, labels: Tensor, channels: int) ->
     return run
 
 
-def ours(name: str, model: nn.Module, truth: gl.Truth, channels: int) -> Round:
-    """A round of the shared loop: the reference's generator with an engine, or the whole default recipe ``cinet``."""
-    client = gl.FedSGD(model)
-    observation = gl.simulate(client, truth)
-    recipe = attack("cinet") if name == "cinet" else attack("cinet-reference", channels=channels)
-    problem = Problem(
-        observation=observation,
-        client=client,
-        observed=observation.update,
-        labels=truth.labels,
-        gain_sensitivity=0.0,
-    )
-    image_model = recipe.image_model(problem)
-    phase = recipe.phases(image_model)[0]
-    transpose_engine = engine("exact" if name == "exact" else "secant")
-
-    def run() -> None:
-        phase.optimiser.zero_grad()
-        images = image_model()
-        update, transpose = client.vjp(images, truth.labels, engine=transpose_engine)
-        _, cotangent = DISTANCES[recipe.distance](update, observation.update)
-        images.backward(transpose(cotangent))
-        for p in image_model.parameters():
-            p.grad.sign_()
-        phase.optimiser.step()
-
-    return run
+def ours(setting: Setting, *, preset: str, **settings: Any) -> Round:
+    """A round of the loop that every attack shares, with a recipe's generator and engine."""
+    if setting.channels is not None:
+        settings["channels"] = setting.channels
+    recipe = attack(preset, snapshots=0, **settings)
+    return _Loop(setting.problem, recipe, Labels(setting.problem.labels, "known")).round
 
 
-def setting(model: str, batch: int) -> tuple[nn.Module, gl.Truth, int]:
-    """F (``name`` or ``name:width``, at 256 pixels for torchvision's), the client's batch, and the reference's width."""
-    name, _, width = model.partition(":")
-    size = 256 if name.startswith("torchvision/") else 32
-    spec = gl.ModelSpec(name=name, width=int(width) if width else None, activation="sigmoid")
-    generator = torch.Generator().manual_seed(0)
-    truth = gl.Truth(torch.rand(batch, 3, size, size, generator=generator), torch.arange(batch) % 10)
-    channels = 32 if batch <= 32 else 64 if batch <= 64 else 128
-    return gl.build_model(spec, image_shape=(3, size, size)), truth, channels
+#: Name -> what builds its round.
+PROGRAMS: dict[str, Callable[[Setting], Round]] = {
+    "baseline": baseline,
+    "exact": partial(ours, preset="cinet-reference", engine="exact"),
+    "secant": partial(ours, preset="cinet-reference", engine="secant"),
+    "cinet": partial(ours, preset="cinet"),
+}
 
 
-def build(program: str, model: nn.Module, truth: gl.Truth, channels: int) -> Round:
+def model_spec(model: str) -> tuple[gl.ModelSpec, int]:
+    """The attacked model that NAME[:WIDTH][@PIXELS] names, with sigmoid activations, and the side of its images."""
+    described, _, pixels = model.partition("@")
+    name, _, width = described.partition(":")
+    size = int(pixels) if pixels else 256 if name.startswith("torchvision/") else 32
+    return gl.ModelSpec(name=name, width=int(width) if width else None, activation="sigmoid"), size
+
+
+def setting(model: str, batch: int, *, channels: int | None = None) -> Setting:
+    """F and an update to match: that of two random images, whatever B. Its values change no cost, and the gradient of the
+    whole batch would hide the memory of a round in that of building it.
+    """
+    spec, size = model_spec(model)
+    images = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(batch) % 10
+    network = gl.build_model(spec, image_shape=(3, size, size))
+    client = gl.FedSGD(network)
+    observation = gl.simulate(client, gl.Truth(images[:2], labels[:2]))
+    observation = dataclasses.replace(observation, batch=batch, labels=labels)
+    problem = Problem(observation=observation, client=client, observed=observation.update, labels=labels, gain_sensitivity=0.0)
+    return Setting(network, images, problem, channels)
+
+
+def build(program: str, shared: Setting) -> Round:
     """One program's round."""
     torch.manual_seed(0)
-    if program == "baseline":
-        return baseline(model, truth.images, truth.labels, channels)
-    return ours(program, model, truth, channels)
+    return PROGRAMS[program](shared)
+
+
+def interleaved(rounds: Mapping[str, Round], *, repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each of the programs' rounds, which take turns: A B C A B C ..."""
+    times: dict[str, list[float]] = {program: [] for program in rounds}
+    for repeat in range(warm_up + repeats):
+        for program, run in rounds.items():
+            elapsed = seconds(run)
+            if repeat >= warm_up:
+                times[program].append(elapsed)
+    return times
 
 
 def convolution_peak() -> float:
@@ -162,74 +198,117 @@ def forward_flops(model: nn.Module, images: Tensor) -> float:
     return float(counter.get_total_flops())
 
 
-def extra_memory(program: str, model: str, batch: int) -> float:
+def extra_memory(program: str, model: str, batch: int, *, channels: int | None = None) -> float:
     """Peak memory of three rounds over that of a process that built the program only, in MiB, each in a fresh process."""
     peaks = []
     for rounds in (0, 3):
-        command = [sys.executable, __file__, "--probe", program, model, str(batch), str(rounds)]
+        probe = [program, model, str(batch), str(channels or 0), str(rounds), str(torch.get_num_threads())]
+        # by way of a shell: Linux counts the peak of whoever starts a program as its own, and this process may be large
+        command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, str(Path(__file__).resolve()), "--probe", *probe]
         peaks.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     return peaks[1] - peaks[0]
 
 
-def measure(model: str, batch: int, *, repeats: int, memory: bool) -> list[dict[str, object]]:
-    """Rows of all programs for one model and batch, interleaved: A B C D A B C D ..."""
-    network, truth, channels = setting(model, batch)
-    rounds = {program: build(program, network, truth, channels) for program in PROGRAMS}
-    network.train()
-    rounds["forward of F"] = lambda: network(truth.images)
-    times: dict[str, list[float]] = {program: [] for program in rounds}
-    for repeat in range(repeats + 1):
-        for program, run in rounds.items():
-            elapsed = seconds(run)
-            if repeat:  # the first pass warms up
-                times[program].append(elapsed)
+def probe(program: str, model: str, batch: str, channels: str, rounds: str, threads: str) -> float:
+    """The peak memory of this process after some rounds, in MiB."""
+    torch.set_num_threads(int(threads))
+    run = build(program, setting(model, int(batch), channels=int(channels) or None))
+    for _ in range(int(rounds)):
+        run()
+    return peak_memory_mb(torch.device("cpu"))
+
+
+def measure(
+    model: str, batch: int, *, programs: list[str], repeats: int, memory: bool, channels: int | None = None
+) -> list[dict[str, Any]]:
+    """Rows of the programs for one model and batch."""
+    shared = setting(model, batch, channels=channels)
+    rounds = {program: build(program, shared) for program in programs}
+    shared.model.train()
+    rounds[FORWARD] = lambda: shared.model(shared.images)
+    times = interleaved(rounds, repeats=repeats)
     medians = {program: statistics.median(values) for program, values in times.items()}
-    share = forward_flops(network, truth.images) / medians["forward of F"] / convolution_peak()
+    share = forward_flops(shared.model, shared.images) / medians[FORWARD] / convolution_peak()
+    peaks = {program: extra_memory(program, model, batch, channels=channels) for program in programs} if memory else {}
+
+    def ratio(values: dict[str, float], program: str) -> float | None:
+        return round(values["baseline"] / values[program], 3) if "baseline" in values and values[program] > 0 else None
+
     return [
         {
             "name": program,
             "model": model,
             "batch": batch,
-            "seconds_per_round": round(medians[program], 4),
-            "spread": [round(min(times[program]), 4), round(max(times[program]), 4)],
-            "units": round(medians[program] / medians["forward of F"], 2),
-            "peak_memory_mb": round(extra_memory(program, model, batch), 1) if memory else None,
-            "ratio_vs_baseline": round(medians["baseline"] / medians[program], 2),
-            "peak_share": round(share, 2),
+            "pixels": shared.images.shape[-1],
+            "parameters": shared.problem.client.parameters,
+            "channels": channels,
+            "seconds_per_round": float(f"{medians[program]:.4g}"),
+            "spread": [float(f"{bound(times[program]):.4g}") for bound in (min, max)],
+            "seconds_of_forward": float(f"{medians[FORWARD]:.4g}"),
+            "units": round(medians[program] / medians[FORWARD], 2),
+            "peak_memory_mb": round(peaks[program], 1) if memory else None,
+            "ratio_vs_baseline": ratio(medians, program),
+            "memory_vs_baseline": ratio(peaks, program),
+            "peak_share": round(share, 3),
         }
-        for program in PROGRAMS
+        for program in programs
     ]
 
 
-def main() -> None:
+def line(row: Mapping[str, Any]) -> str:
+    """A row as a line of :data:`HEAD`'s table."""
+    memory, ratio, memory_ratio = (
+        "-" if row[key] is None else row[key] for key in ("peak_memory_mb", "ratio_vs_baseline", "memory_vs_baseline")
+    )
+    spread = " to ".join(map(str, row["spread"]))
+    return (
+        f"{row['name']:12} {row['model']:24} {row['batch']:4} {row['seconds_per_round']:9} {spread:>18} {row['units']:6} "
+        f"{ratio:>7} {memory:>9} {memory_ratio:>10} {row['peak_share']:9}"
+    )
+
+
+HEAD = (
+    f"{'program':12} {'model':24} {'B':>4} {'s/round':>9} {'spread':>18} {'units':>6} {'ratio':>7} {'MiB':>9} "
+    f"{'MiB ratio':>10} {'F of peak':>9}"
+)
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["resnet18-cifar:64", "resnet18-cifar:16"])
+    parser.add_argument("--models", nargs="+", default=["resnet18-cifar:64", "resnet18-cifar:16", "torchvision/resnet18"])
     parser.add_argument("--batches", nargs="+", type=int, default=[4, 16, 64])
+    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
+    parser.add_argument("--max-pixels", type=int, default=4 * 256 * 256, help="larger B x H x W are left out")
+    parser.add_argument("--channels", type=int, help="the generators' width; left out: by each recipe's rule")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--probe", nargs=4, metavar=("PROGRAM", "MODEL", "BATCH", "ROUNDS"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.probe:
-        program, model, batch, rounds = arguments.probe
-        run = build(program, *setting(model, int(batch)))
-        for _ in range(int(rounds)):
-            run()
-        print(peak_memory_mb(torch.device("cpu")))
+    parser.add_argument("--probe", nargs=6, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.probe:
+        print(probe(*options.probe))
         return
-    rows: list[dict[str, object]] = []
-    print(f"{'program':10} {'model':24} {'B':>3} {'s/round':>9} {'units':>6} {'ratio':>6} {'MiB':>8} {'F of peak':>9}")
-    for model in arguments.models:
-        for batch in arguments.batches:
-            for row in measure(model, batch, repeats=arguments.repeats, memory=not arguments.no_memory):
-                rows.append(row)
-                print(
-                    f"{row['name']:10} {row['model']:24} {row['batch']:3} {row['seconds_per_round']:9} {row['units']:6} "
-                    f"{row['ratio_vs_baseline']:6} {row['peak_memory_mb'] or '-':>8} {row['peak_share']:9}",
-                    flush=True,
-                )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    torch.set_num_threads(options.threads)
+    origin, rows = provenance(seed=0), []
+    print(HEAD)
+    for model in options.models:
+        for batch in options.batches:
+            if batch * model_spec(model)[1] ** 2 > options.max_pixels:
+                print(f"{model}, B = {batch}: left out, more than --max-pixels {options.max_pixels}")
+                continue
+            for row in measure(
+                model,
+                batch,
+                programs=options.programs,
+                repeats=options.repeats,
+                memory=not options.no_memory,
+                channels=options.channels,
+            ):
+                rows.append({**row, **origin})
+                print(line(row), flush=True)
+            if options.json:
+                write_rows(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_minimises_an_ill_conditioned_quadratic_in_few_evaluations() -> None:
 def test_no_accepted_point_is_worse_than_the_one_before_and_a_worse_one_shortens_the_step() -> None:
     p = nn.Parameter(torch.tensor([-1.2, 1.0], dtype=torch.float64))  # Rosenbrock's valley
     losses = minimise(p, lambda q: 100 * (q[1] - q[0] ** 2) ** 2 + (1 - q[0]) ** 2, 200, lr=1.0)
-    assert any(b > a for a, b in zip(losses, losses[1:], strict=False)), "the valley makes some steps too long"
+    assert any(b > a for a, b in itertools.pairwise(losses)), "the valley makes some steps too long"
     assert min(losses) < 1e-12
 
 

@@ -45,10 +45,14 @@ def cosine(update: Update, observed: Update) -> tuple[float, Update]:
     size, observed_size = norm({name: update[name] for name in observed}), norm(observed)
     if size == 0 or observed_size == 0:
         return 1.0, {name: torch.zeros_like(target) for name, target in observed.items()}
-    unit = {name: update[name] / size for name in observed}
-    error = {name: target / observed_size - unit[name] for name, target in observed.items()}
-    value = norm(error) ** 2 / 2
-    return value, {name: e.add_(unit[name], alpha=value).mul_(-1 / size) for name, e in error.items()}
+    u, v = [update[name] for name in observed], list(observed.values())
+    # in place where it can be: tensors of the update's size cost more to allocate than to compute
+    error = torch._foreach_mul(v, 1 / observed_size)
+    torch._foreach_add_(error, u, alpha=-1 / size)
+    value = norm(dict(zip(observed, error, strict=True))) ** 2 / 2
+    torch._foreach_add_(error, u, alpha=value / size)
+    torch._foreach_mul_(error, -1 / size)
+    return value, dict(zip(observed, error, strict=True))
 
 
 DISTANCES: dict[str, Distance] = {"cosine": cosine, "squared-l2": squared_l2}

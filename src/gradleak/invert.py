@@ -27,7 +27,7 @@ from gradleak.distance import DISTANCES
 from gradleak.errors import CheckpointError, DivergedError, MemoryLimitError, SpecError
 from gradleak.invariance import bright_gain, gain_sensitivity, hold_gain
 from gradleak.labels import Labels
-from gradleak.memory import fit, is_out_of_memory
+from gradleak.memory import fit, is_out_of_memory, keep_freed_memory
 from gradleak.observation import Observation
 from gradleak.sharded import shard
 from gradleak.targets import FreeTargets
@@ -152,6 +152,8 @@ def invert(
     """
     dtype = torch.float64 if attack.precision == "float64" else torch.float32
     device = next(iter(client.weights.values())).device
+    if device.type == "cpu":
+        keep_freed_memory()
     own = shard(observation.batch, device)
     if own.world > 1 and not attack.shards:
         raise SpecError("attack.name: this attack runs in one process; cinet, inverting-gradients, dlg and idlg in several")

@@ -26,9 +26,9 @@ class LBFGS(torch.optim.Optimizer):
     r""":math:`p \leftarrow p - t H \nabla L(p)`, H from the last pairs :math:`s_k = \Delta p, y_k = \Delta \nabla L`
     (Nocedal & Wright 2006, algorithm 7.4), :math:`H_0 = \langle s, y \rangle / \|y\|^2`.
 
-    ``torch.optim.LBFGS`` evaluates several times in a step, or moves without looking whether the loss fell. Here a step is one
-    evaluation: if it lowered the loss, the point is accepted and the next direction taken; if not, the next point lies closer to
-    the last accepted one.
+    ``torch.optim.LBFGS`` evaluates several times in a step, or moves without looking whether the loss fell. Here a step is
+    one evaluation: if it lowered the loss, the point is accepted and the next direction taken; if not, the next point lies
+    closer to the last accepted one.
 
     Args:
         parameters: Tensors of one group.

@@ -50,8 +50,8 @@ class CINetAttack(Attack):
         residual: Skip connection around each block.
         convolutions: 3x3 convolutions in a block.
         pixel_share: Share of the rounds, the last ones, in which L-BFGS corrects the pixels of what the generator made
-            (:class:`gradleak.image_model.Corrected`). The learning rate's schedule is that of all rounds. The generator has these
-            rounds too in a group, with targets that are fitted, and where it left too much of the update unexplained.
+            (:class:`gradleak.image_model.Corrected`). The learning rate's schedule is that of all rounds. The generator has
+            these rounds too in a group, with targets that are fitted, and where it left too much of the update unexplained.
 
     The choices are those of appendix B (:class:`gradleak.cinet.CINet`). The defaults are our fastest good recipe, ``cinet``:
     Adam on signs with cosine decay, SiLU, sigmoid output, no spectral norm.

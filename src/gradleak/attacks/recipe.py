@@ -159,7 +159,10 @@ class Attack:
         learning_rate: float | None = None,
         horizon: int | None = None,
     ) -> Phase:
-        """The optimiser and schedule of these settings for some parameters; ``horizon``: rounds that the schedule is made for."""
+        """The optimiser and schedule of these settings for some parameters.
+
+        ``horizon`` is the number of rounds that the schedule is made for, where it is another.
+        """
         eta = self.learning_rate if learning_rate is None else learning_rate
         optimisers: dict[str, Callable[[], torch.optim.Optimizer]] = {
             "adam": lambda: torch.optim.Adam(parameters, lr=eta),
