@@ -108,6 +108,7 @@ CASES: dict[str, dict[str, Any]] = {
     "corrected pixels": {"name": "cinet", "channels": 8, "rounds": 28, "pixel_share": 0.15},
     "auto": {"name": "cinet", "group": 2, "repeat": 2, "rounds": 2, "channels": 4},
     "pixels": {"name": "inverting-gradients", "group": 2},
+    "last layers": {"name": "cinet", "engine": "secant", "channels": 4, "matched": 0.9},
     "running statistics": {"name": "cinet", "channels": 4, "mode": "eval"},
     "labels": {"name": "dlg", "rounds": 1},
 }

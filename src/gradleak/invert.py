@@ -157,7 +157,7 @@ def invert(
     own = shard(observation.batch, device)
     if own.world > 1 and not attack.shards:
         raise SpecError("attack.name: this attack runs in one process; cinet, inverting-gradients, dlg and idlg in several")
-    client, y = own.client(client.to(device, dtype)), labels.values.to(device)
+    client, y = own.client(client.to(device, dtype).last(attack.matched)), labels.values.to(device)
     if y.is_floating_point():
         y = y.to(dtype)
     generator = torch.Generator().manual_seed(0)

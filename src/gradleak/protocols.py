@@ -20,6 +20,7 @@ from torchvision.ops import StochasticDepth
 from gradleak.errors import DataError, SpecError, nearest
 from gradleak.models import import_function
 from gradleak.observation import Update
+from gradleak.prefix import sharing
 from gradleak.spec import ClientSpec, DefenceSpec
 from gradleak.targets import LOSSES, TrainingLoss
 from gradleak.vjp import Engine, SelfChecking, Transpose, exact, second_derivative
@@ -145,7 +146,8 @@ class ClientOperator:
             **(self.weights if weights is None else weights),
             **{name: b.clone() for name, b in self.buffers.items()},
         }
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        # fused attention has no second derivative
+        with sdpa_kernel(SDPBackend.MATH), sharing(self.model, self.weights):
             output: Tensor = functional_call(self.model, state, (images,))
         return output
 
@@ -253,6 +255,13 @@ class ClientOperator:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ClientOperator:
         """The same operator on another device or in another precision (float64 for reference computations)."""
         raise NotImplementedError
+
+    def last(self, share: float) -> ClientOperator:
+        """The operator whose update is only the last tensors of this one's, which hold at least so much of its numbers.
+
+        Itself where the whole is no more than its parts side by side: a defence or several steps see all of it.
+        """
+        return self
 
     @property
     def can_split(self) -> bool:
@@ -367,10 +376,22 @@ class FedSGD(ClientOperator):
         return update, lambda cotangent: split(transpose(cotangent))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> FedSGD:
-        moved = FedSGD(self._moved_model(device, dtype), loss=self.training_loss, mode=self.mode)
-        moved._piece = self._piece
-        moved._named_like(self)
-        return moved
+        return self._copy(device, dtype, list(self.weights))
+
+    def last(self, share: float) -> FedSGD:
+        names, held = list(self.weights), 0
+        kept = len(names)
+        while kept and held < share * self.parameters:
+            kept -= 1
+            held += self.weights[names[kept]].numel()
+        weight = self.weights[names[0]]
+        return self if kept == 0 else self._copy(weight.device, weight.dtype, names[kept:])
+
+    def _copy(self, device: torch.device | str, dtype: torch.dtype | None, names: Sequence[str]) -> FedSGD:
+        copied = FedSGD(self._moved_model(device, dtype), loss=self.training_loss, mode=self.mode, layers=names)
+        copied._piece = self._piece
+        copied._named_like(self)
+        return copied
 
 
 class FedAvg(ClientOperator):

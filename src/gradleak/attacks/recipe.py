@@ -95,6 +95,9 @@ class Attack:
             ``rows``, and a prior is a mean over the images.
         rounds: T, number of steps.
         distance: ``cosine`` (Eq. 3) or ``squared-l2`` (Eq. 2).
+        matched: Share of the update's numbers that is compared, counted from the last layer backwards. Below 1 a round costs
+            less: what lies before those layers is computed once for both of the secant's passes (:mod:`gradleak.prefix`). A
+            client with a defence or several steps has all of its update compared.
         optimiser: ``adam``, ``sgd`` (plain descent) or ``lbfgs`` (a round is one call: up to twenty evaluations).
         signed: Feed the optimiser the sign of the gradient.
         learning_rate: eta.
@@ -115,6 +118,7 @@ class Attack:
 
     rounds: int = Field(default=1000, ge=1)
     distance: DistanceName = "cosine"
+    matched: float = Field(default=1.0, gt=0, le=1)
     optimiser: Literal["adam", "sgd", "lbfgs"] = "adam"
     signed: bool = True
     learning_rate: float = Field(default=5e-3, gt=0, allow_inf_nan=False)
