@@ -88,11 +88,15 @@ class CINet(nn.Module):
         residual: Skip connection around each block (the paper has none).
         convolutions: 3x3 convolutions in a block (the paper has two).
 
+    Attributes:
+        rows: Which images of the batch ``forward()`` makes; all of them at first.
+
     Shapes:
         ``forward()`` -> B x C x H x W. Latents and theta come from torch's global random state.
     """
 
     z0: Tensor
+    rows = slice(None)
 
     def __init__(
         self,
@@ -141,7 +145,7 @@ class CINet(nn.Module):
         self.output: nn.Module = nn.Tanh() if output == "tanh" else SigmoidOutput(headroom)
 
     def forward(self) -> Tensor:
-        x = before = self.stem(self.z0)
+        x = before = self.stem(self.z0[self.rows])
         for index, block in enumerate(self.blocks):
             before = x
             x = block(x if index == 0 else self._double(x))

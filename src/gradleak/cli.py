@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import shutil
 import signal
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -22,6 +23,7 @@ from gradleak.errors import GradleakError, OutputError, SpecError, nearest, prin
 if TYPE_CHECKING:
     from gradleak.catalogue import Entry
     from gradleak.invert import Watcher
+    from gradleak.sharded import Processes
 
 EXIT_CODES = """\b
 Exit codes:
@@ -206,11 +208,14 @@ Report = dict[str, Any] | None
 
 @app.callback()
 def _gradleak(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and leave", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
     """Options of the program itself."""
+    if _processes() > 1 and ctx.invoked_subcommand not in ("audit", "invert"):
+        raise SpecError(f"{ctx.invoked_subcommand}: takes one process, not torchrun; audit and invert take several")
 
 
 @app.command(
@@ -256,6 +261,8 @@ def audit(
         spec = out / "spec.toml"
     loaded = load(spec, overrides)
     if loaded.matrix.given:
+        if _processes() > 1:
+            raise SpecError("matrix: several processes share one run, and this specification has many; use one process")
         if tensorboard is not None:
             raise SpecError("--tensorboard: logs one run, and this specification has a [matrix] of them; leave one out")
         found = matrix.audit_matrix(
@@ -692,25 +699,55 @@ def main() -> NoReturn:
     given = sys.argv[1:]
     handler.setLevel(logging.WARNING if "--quiet" in given else logging.INFO)
     as_json = "--json" in given and not {"--help", "-h"} & set(given)
+    if _processes() == 1:
+        _run(handler, as_json=as_json)
+    from gradleak.sharded import processes
+
     try:
-        if not as_json:
-            app(standalone_mode=True)
-        with redirect_stdout(sys.stderr):  # a user's own code may print, and standard output is for the object alone
-            found = app(standalone_mode=False)
-    except GradleakError as error:
-        if as_json:
-            _print_json({"error": {"kind": type(error).__name__, "message": str(error)}})
+        with processes() as group:
+            _run(handler, as_json=as_json, group=group)
+    except SpecError as error:
         _echo(f"gradleak: error: {error}", err=True)
         sys.exit(2)
+
+
+def _run(handler: logging.Handler, *, as_json: bool, group: Processes | None = None) -> NoReturn:
+    silent = group is not None and group.rank > 0
+    try:
+        with ExitStack() as quiet:
+            if silent:
+                nothing = quiet.enter_context(open(os.devnull, "w"))
+                quiet.enter_context(redirect_stdout(nothing))
+                quiet.enter_context(redirect_stderr(nothing))
+                handler.setLevel(logging.CRITICAL)
+            if not as_json:
+                app(standalone_mode=True)
+            with redirect_stdout(sys.stderr):  # a user's own code may print, and standard output is for the object alone
+                found = app(standalone_mode=False)
+    except GradleakError as error:
+        if group is None or group.says_first(str(error)):
+            if as_json:
+                _print_json({"error": {"kind": type(error).__name__, "message": str(error)}})
+            _echo(f"gradleak: error: {error}", err=True)
+        sys.exit(2)
+    except RuntimeError as error:
+        if group is None or not group.lost(error):
+            raise
+        if group.says_first("lost"):
+            _echo("gradleak: another process of this run has ended, so this one ends too", err=True)
+        sys.exit(1)
     except KeyboardInterrupt:
-        _echo("gradleak: interrupted", err=True)
+        if not silent:
+            _echo("gradleak: interrupted", err=True)
         sys.exit(130)
     except _UsageError as error:
+        if silent:
+            sys.exit(2)
         message = printable(error.format_message())
         _print_json({"error": {"kind": "UsageError", "message": message}})
         _echo(f"gradleak: error: {message}", err=True)
         sys.exit(2)
-    if isinstance(found, dict):
+    if isinstance(found, dict) and not silent:
         _print_json(found)
     sys.exit(_status(found))
 
@@ -734,7 +771,7 @@ def _of_folder(result: dict[str, Any], folder: Path) -> dict[str, Any]:
 @contextmanager
 def _watching(tensorboard: Path | None, out: Path, *, redact: bool) -> Iterator[Watcher | None]:
     """What watches an attack: TensorBoard's log, where one is asked for."""
-    if tensorboard is None:
+    if tensorboard is None or (_processes() > 1 and os.environ.get("RANK") != "0"):
         yield None
         return
     from gradleak.live import TensorBoard
@@ -774,7 +811,15 @@ def _image_shape(text: str) -> tuple[int, int, int]:
 
 
 def _command() -> str:
-    return shlex.join(["gradleak", *sys.argv[1:]])
+    several = _processes()
+    program = ["torchrun", f"--nproc-per-node={several}", "-m", "gradleak"] if several > 1 else ["gradleak"]
+    return shlex.join([*program, *sys.argv[1:]])
+
+
+def _processes() -> int:
+    """How many processes torchrun started; 1 without it."""
+    several = os.environ.get("WORLD_SIZE", "1")
+    return int(several) if several.isdecimal() else 1
 
 
 def _print_result(result: dict[str, Any], folder: Path) -> None:

@@ -26,10 +26,13 @@ class Pixels(nn.Module):
 
     Attributes:
         images: The images, (group B) x C x H x W.
+        rows: Which images of each member's batch ``forward()`` gives; all of them at first.
 
     Shapes:
         ``forward()`` -> (group B) x C x H x W. First values come from torch's global random state.
     """
+
+    rows = slice(None)
 
     def __init__(
         self,
@@ -40,12 +43,15 @@ class Pixels(nn.Module):
         initial: Initial = "normal",
     ) -> None:
         super().__init__()
+        self.group = group
         noise = torch.randn(group * batch, *image_shape)
         starts: dict[str, Callable[[], Tensor]] = {"normal": lambda: noise, "normalised": lambda: 0.5 + 0.25 * noise}
         self.images = nn.Parameter(starts[initial]())
 
     def forward(self) -> Tensor:
-        return self.images
+        if self.rows == slice(None):
+            return self.images
+        return torch.cat([member[self.rows] for member in self.images.chunk(self.group)])
 
     @torch.no_grad()
     def clamp(self) -> None:
@@ -66,6 +72,7 @@ class Corrected(nn.Module):
     Attributes:
         u: The correction, of that shape; zero at first.
         settled: Whether the images stand, and u is what is fitted.
+        rows: Which images of the batch ``forward()`` gives; all of them at first.
 
     Shapes:
         ``forward()`` -> B x C x H x W.
@@ -73,6 +80,7 @@ class Corrected(nn.Module):
 
     images: Tensor
     settled: Tensor
+    rows = slice(None)
 
     def __init__(self, generator: nn.Module, shape: tuple[int, int, int, int]) -> None:
         super().__init__()
@@ -91,7 +99,7 @@ class Corrected(nn.Module):
         if not self.settled:
             made: Tensor = self.generator()
             return made
-        return self.images + photographic(self.u)
+        return self.images[self.rows] + photographic(self.u[self.rows])
 
 
 def photographic(u: Tensor) -> Tensor:

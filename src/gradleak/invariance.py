@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gradleak.observation import Update
 from gradleak.protocols import ClientOperator
+from gradleak.sharded import WHOLE, Shard
 
 #: Photographs of a batch reach the end of the range: over random batches of 8 and 16 CIFAR-10 images this quantile of all
 #: values is .992 +- .015 and .997 +- .008 (docs/experiments.md), so the gain is known to about one per cent.
@@ -82,7 +83,7 @@ def image_sensitivity(client: ClientOperator, labels: Tensor, image_shape: tuple
     return max(relative_changes(*random_updates(client, labels, image_shape)).values(), default=0.0)
 
 
-def hold_gain(images: Tensor, cotangent: Tensor) -> Tensor:
+def hold_gain(images: Tensor, cotangent: Tensor, *, shard: Shard = WHOLE) -> Tensor:
     r"""Add the pull towards photographs' brightness that a client blind to the gain does not exert.
 
     .. math:: c + \|c\| \, \log\!\big(\mathrm{rms}(x) / \rho\big)\, x / \|x\|, \qquad \rho = 0.53
@@ -94,13 +95,14 @@ def hold_gain(images: Tensor, cotangent: Tensor) -> Tensor:
     Args:
         images: x, B x C x H x W.
         cotangent: c, of the same shape.
+        shard: Which of the images these are; norms are those of all.
     """
     images = images.detach()
-    norm = float(images.norm())
-    rms = norm / math.sqrt(images.numel())
+    norm = shard.norm(images)
+    rms = norm / math.sqrt(images.numel() / shard.share)
     if norm == 0:
         return cotangent
-    return cotangent + (float(cotangent.norm()) * math.log(rms / NATURAL_RMS) / norm) * images
+    return cotangent + (shard.norm(cotangent) * math.log(rms / NATURAL_RMS) / norm) * images
 
 
 def bright_gain(images: Tensor) -> float:

@@ -24,11 +24,12 @@ from gradleak.attacks.recipe import Phase, schedule_factor
 from gradleak.checkpoint import Checkpoint, digest
 from gradleak.client import ClientOperator
 from gradleak.distance import DISTANCES
-from gradleak.errors import CheckpointError, DivergedError, MemoryLimitError
+from gradleak.errors import CheckpointError, DivergedError, MemoryLimitError, SpecError
 from gradleak.invariance import bright_gain, gain_sensitivity, hold_gain
 from gradleak.labels import Labels
 from gradleak.memory import fit, is_out_of_memory, keep_freed_memory
 from gradleak.observation import Observation
+from gradleak.sharded import shard
 from gradleak.targets import FreeTargets
 from gradleak.vjp import SelfChecking, engine
 
@@ -125,7 +126,9 @@ def invert(
 ) -> Reconstruction:
     r"""Rebuild the client's images: minimise :math:`D(A(G(\theta), y), g^*)` over :math:`\theta`.
 
-    The iterate with the least matching loss is returned; quality is never looked at, and could not be.
+    The iterate with the least matching loss is returned; quality is never looked at, and could not be. Inside
+    :func:`gradleak.sharded.processes` each process computes with its images; all return the same, and the first one writes
+    checkpoints.
 
     Args:
         observation: What the server holds.
@@ -145,12 +148,16 @@ def invert(
         MemoryLimitError: The attack does not fit into memory.
         CheckpointError: The checkpoint is another run's, or no whole one is left.
         OutputError: Checkpoints cannot be written, several times in a row.
+        SpecError: Several processes cannot share this attack, client or batch.
     """
     dtype = torch.float64 if attack.precision == "float64" else torch.float32
     device = next(iter(client.weights.values())).device
     if device.type == "cpu":
         keep_freed_memory()
-    client, y = client.to(device, dtype).last(attack.matched), labels.values.to(device)
+    own = shard(observation.batch, device)
+    if own.world > 1 and not attack.shards:
+        raise SpecError("attack.name: this attack runs in one process; cinet, inverting-gradients, dlg and idlg in several")
+    client, y = own.client(client.to(device, dtype).last(attack.matched)), labels.values.to(device)
     if y.is_floating_point():
         y = y.to(dtype)
     generator = torch.Generator().manual_seed(0)
@@ -164,7 +171,9 @@ def invert(
         observed=observed,
         labels=y,
         gain_sensitivity=gain_sensitivity(client, probe, y),
+        shard=own,
     )
+    watching = own.any(watch is not None)
     watched = _Watched(watch, device)
     start = time.perf_counter()
     images = attack.closed_form(problem)
@@ -188,7 +197,8 @@ def invert(
                 "kept": None if kept is None else dataclasses.asdict(kept),
                 "loop": None if loop is None else loop.state_dict(),
             }
-            checkpoint.save(whole, run=run)
+            if own.rank == 0:
+                checkpoint.save(whole, run=run)
 
     for k in range(done, attack.repeat):
         with _seeded(seed + k, device):
@@ -204,12 +214,14 @@ def invert(
                     while not loop.stopped:
                         before = loop.t
                         loop.round()
-                        if loop.t > before:
+                        if watching and loop.t > before:
                             row, best = loop.history[-1], loop.best
-                            watched.show(row, best.images, rounds=loop.rounds, best_loss=best.loss, restart=k)
+                            watched.show(row, own.gather(best.images), rounds=loop.rounds, best_loss=best.loss, restart=k)
                         report(loop.t, loop.best.loss if not loop.history else loop.history[-1]["loss"])
-                        interrupted = stop() if stop is not None else ""
-                        if interrupted or (checkpoint is not None and checkpoint.due()):
+                        interrupted, due = own.agree(
+                            stop=stop() if stop is not None else "", due=checkpoint is not None and checkpoint.due()
+                        )
+                        if interrupted or due:
                             save(loop)
                         if interrupted:
                             loop.interrupt(interrupted)
@@ -301,10 +313,13 @@ class _Loop:
     """
 
     def __init__(self, problem: Problem, attack: Attack, labels: Labels) -> None:
-        self.problem, self.attack, self.labels = problem, attack, labels
+        self.problem, self.attack, self.labels, self.shard = problem, attack, labels, problem.shard
         self.device = next(iter(problem.client.weights.values())).device
         self.distance, self.engine = DISTANCES[attack.distance], engine(attack.engine)
-        self.image_model = attack.image_model(problem).to(next(iter(problem.client.weights.values())))
+        if isinstance(self.engine, SelfChecking):
+            self.engine.size = self.shard.norm
+        image_model = attack.image_model(problem).to(next(iter(problem.client.weights.values())))
+        self.image_model = self.shard.own(image_model)
         self.natural = attack.gain == "natural" and problem.gain_blind
         self.targets = self._free_targets()
         # DLG's optimiser steps both; with the rule ``joint`` the targets have one of their own
@@ -339,7 +354,7 @@ class _Loop:
         """One step of the optimiser. A loss that is not finite, or memory that runs out, is mended once."""
         phase = self.plan[self.t]
         if phase.begin is not None and self.plan[self.t - 1] is not phase:
-            if phase.begin(self.best.images, self.best.loss / self.history[0]["loss"]):
+            if phase.begin(self.shard.gather(self.best.images), self.best.loss / max(self.history[0]["loss"], sys.float_info.min)):
                 self.retreat = self._state_to_fall_back_to()
             else:
                 self.left_out.append(self.phases.index(phase))
@@ -363,7 +378,8 @@ class _Loop:
         self.best.round_done(self.t)
         self.history.append({"round": self.t, "loss": loss, "learning_rate": rate, "seconds": self.seconds})
         if self.t in self._snapshot_rounds:
-            self.snapshots[self.t] = self.images[: self.problem.batch].detach().half().cpu()
+            member = self.images.chunk(self.attack.group)[0]
+            self.snapshots[self.t] = self.shard.gather(member).half().cpu()
         if self.best.round == self.t and self.t >= self.retreat["round"] + RETREAT_EVERY:
             self.retreat = self._state_to_fall_back_to()
         patience = self.attack.patience
@@ -388,16 +404,16 @@ class _Loop:
         """What was found, with the last step's iterate among the candidates."""
         attack, client = self.attack, self.problem.client
         y = self.problem.labels
-        with torch.no_grad():  # the last step's result has not been looked at yet
+        with torch.no_grad(), self.shard.synchronised():  # the last step's result has not been looked at yet
             images = self.image_model()
             y = y if self.targets is None else self.targets()
-        for member in images.split(self.problem.batch):
+        for member in images.chunk(attack.group):
             self.best.offer(self._loss(member, y), member, y if self.targets is None else self.targets.settled(y))
         self.best.round_done(len(self.history) + 1)
-        best = self.best
+        best, images = self.best, self.shard.gather(self.best.images)
         notes = attack.describe(self.problem, self.image_model)
-        gain = bright_gain(best.images) if self.natural else 1.0
-        if gain != 1 and self._loss(gain * best.images, best.labels) > 1.5 * best.loss:
+        gain = bright_gain(images) if self.natural else 1.0
+        if gain != 1 and self._loss(gain * images, best.labels) > 1.5 * best.loss:
             gain = 1.0  # the update has the last word
         notes["gain_check"] = {"sensitivity": self.problem.gain_sensitivity, "applied": gain}
         if isinstance(self.engine, SelfChecking):
@@ -408,9 +424,11 @@ class _Loop:
             }
         if client.piece is not None:
             notes["images_at_a_time"] = client.piece
+        if self.shard.world > 1:
+            notes["processes"] = self.shard.world
         frames = [_eight_bit(gain * x) for x in self.snapshots.values()]
         return Reconstruction(
-            images=(gain * best.images).clamp(0, 1).float().cpu(),
+            images=(gain * images).clamp(0, 1).float().cpu(),
             labels=Labels(best.labels.cpu(), self.labels.rule if self.targets is None else "joint"),
             matching_loss=best.loss,
             best_round=best.round,
@@ -440,7 +458,7 @@ class _Loop:
             if self.target_phase is None
             else [self.target_phase.optimiser.state_dict(), self.target_phase.schedule.state_dict()],
             "engine": self.engine.state_dict() if isinstance(self.engine, SelfChecking) else None,
-            "best": vars(self.best),
+            "best": {**vars(self.best), "images": self.shard.gather(self.best.images)},
             "history": torch.tensor([[row[c] for c in columns] for row in self.history], dtype=torch.float64),
             "snapshots": self.snapshots,
             "warnings": self.warnings,
@@ -477,7 +495,8 @@ class _Loop:
         if isinstance(self.engine, SelfChecking):
             self.engine.load_state_dict(state["engine"])
         vars(self.best).update(state["best"])
-        self.best.images, self.best.labels = self.best.images.to(self.device), self.best.labels.to(self.device)
+        self.best.images = self.best.images[self.shard.rows].to(self.device)
+        self.best.labels = self.best.labels.to(self.device)
         self.t, self.stopped = state["t"], state["stopped"]
         self.history = [
             {"round": int(t), "loss": loss, "learning_rate": rate, "seconds": seconds}
@@ -494,18 +513,23 @@ class _Loop:
 
     def _evaluate(self, phase: Phase) -> float:
         """The matching loss at the present parameters, and the gradient of loss plus prior in the ``grad`` of the phase's."""
-        for p in [*self.image_model.parameters(), *([] if self.targets is None else self.targets.parameters())]:
+        everything = [*self.image_model.parameters(), *([] if self.targets is None else self.targets.parameters())]
+        for p in everything:
             p.grad = None
-        self.images = images = self.image_model()
+        with self.shard.synchronised():
+            images = self.image_model()
+        # copied where it is kept: free pixels are changed in place by the step
+        self.images = images.detach().clone() if self.t + 1 in self._snapshot_rounds else images
         penalty = self.attack.prior(images, self.problem)
         if penalty is not None:
-            penalty.backward(retain_graph=True)
+            (self.shard.share * penalty).backward(retain_graph=True)
         losses, cotangents = [], []
-        for member in images.split(self.problem.batch):
+        for member in images.chunk(self.attack.group):
             loss, cotangent = self._match(member)
             losses.append(loss)
-            cotangents.append(hold_gain(member, cotangent) if self.natural else cotangent)
+            cotangents.append(hold_gain(member, cotangent, shard=self.shard) if self.natural else cotangent)
         images.backward(torch.cat(cotangents))
+        self.shard.sum_([p.grad for p in everything if p.grad is not None])
         if phase.signed:
             for p in (p for group in phase.optimiser.param_groups for p in group["params"]):
                 if p.grad is not None:
@@ -517,9 +541,10 @@ class _Loop:
         try:
             loss, _ = self.distance(self.problem.client(images, labels), self.problem.observed)
         except (MemoryError, RuntimeError) as fault:
-            if not is_out_of_memory(fault):
+            if not is_out_of_memory(fault) or self.shard.world > 1:
                 raise
             return math.inf
+        loss = self.shard.same(loss)
         return loss if math.isfinite(loss) else math.inf
 
     def _match(self, member: Tensor) -> tuple[float, Tensor]:
@@ -531,6 +556,7 @@ class _Loop:
             y = self.targets()
             update, both = client.joint_vjp(member, y, engine=self.engine)
         loss, cotangent = self.distance(update, self.problem.observed)
+        loss = self.shard.same(loss)
         if not math.isfinite(loss):
             raise _NotFinite(loss)
         self.best.offer(loss, member, y if self.targets is None else self.targets.settled(y))
@@ -597,10 +623,12 @@ class _Loop:
             client.in_pieces(math.ceil(size / 2))
             self._warn(f"Memory ran out in round {self.t + 1}: the attack went on with {client.piece} images at a time.")
             return
-        if math.isinf(self.best.loss):
+        if math.isinf(self.best.loss) or self.shard.world > 1:  # other processes wait for this one's images
+            when = f"round {self.t + 1}" if self.t else "the first round"
+            size = client.held_images(batch)
             raise MemoryLimitError(
-                f"memory ran out in the first round, with {size} images of {self.problem.image_shape} at a time; use fewer or "
-                'smaller images, attack.engine="secant", or a machine with more memory'
+                f"memory ran out in {when}, with {size} images of {self.problem.image_shape} at a time; use fewer or smaller "
+                'images, attack.engine="secant", or a machine with more memory'
             )
         self.stopped = f"memory ran out in round {self.t + 1}; the best earlier iterate is kept"
 

@@ -113,7 +113,7 @@ def fit(problem: Problem, attack: Attack, image_model: nn.Module, *, limit_mb: f
     """
     client = problem.client
     weight = next(iter(client.weights.values()))
-    limit = SHARE * available(weight.device) if limit_mb is None else limit_mb * MIB
+    limit = SHARE * _share(problem, weight.device) if limit_mb is None else limit_mb * MIB
     whole = found = estimate(problem, attack, image_model)
     while found.total > limit and client.can_split and found.held > 1:
         client.in_pieces(math.ceil(client.held_images(problem.batch) / 2))
@@ -128,8 +128,18 @@ def fit(problem: Problem, attack: Attack, image_model: nn.Module, *, limit_mb: f
     return found
 
 
+def _share(problem: Problem, device: torch.device) -> float:
+    """Free bytes for each process: those of one machine share its memory, and all decide by the least."""
+    sharers = 1 if device.type == "cuda" else problem.shard.neighbours
+    return problem.shard.least(available(device) / sharers)
+
+
 def _refusal(found: Estimate, limit: float, problem: Problem, attack: Attack) -> str:
-    ways = [] if problem.client.can_split else ["batch statistics couple the images, so they cannot be processed in pieces"]
+    ways: list[str] = []
+    if problem.shard.world > 1:
+        ways = ["more processes, each with fewer images"]
+    elif not problem.client.can_split:
+        ways = ["batch statistics couple the images, so they cannot be processed in pieces"]
     ways += ["fewer images (data.batch) or smaller ones (data.size)"]
     if attack.engine != "secant":
         ways.append('attack.engine="secant", which keeps about half')

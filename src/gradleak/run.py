@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradleak import data, models
+from gradleak import data, models, sharded
 from gradleak.attacks import Attack, attack
 from gradleak.attacks.recipe import GAIN_BLIND
 from gradleak.checkpoint import Checkpoint, digest
@@ -126,15 +126,13 @@ def audit(
         The content of ``result.json``; ``partial`` is true in it when a signal ended the attack early.
     """
     recipe, device = prepare(spec)
-    check_folder(out, force=force, resume=resume)
     text = dump(resolve(spec, recipe))
-    finished = check_resumable(out, text) if resume else None
+    finished = sharded.first(lambda: _finished(out, text, force=force, resume=resume))
     if finished is not None:
         return finished
     client = client or simulate_client(spec)
     decoys, unread = _decoys(spec)
-    with open_folder(out, force=force, resume=resume):
-        write_atomically(out / SPEC, text)
+    with _run_folder(out, text, force=force, resume=resume):
         keep = Checkpoint(out / CHECKPOINT, every=spec.checkpoint_seconds)
         with stopping() as stop:
             reconstruction = attack_observation(
@@ -156,27 +154,50 @@ def audit(
                 controls, warnings, interrupted = _controls(
                     client, recipe, spec, device, decoys=decoys, progress=progress, checkpoint=control, stop=stop
                 )
-        known = operator(client.observation, client.model)  # what the server knows of the client, as the attack had it
-        result = describe(spec, recipe, client.observation, known, reconstruction, device, simulated=True, command=command)
-        result |= {"partial": bool(interrupted), "interrupted": interrupted or None}
-        result["warnings"] += [_partial(reconstruction, interrupted)] * bool(interrupted) + warnings + unread
-        result |= {"controls": controls} if controls else {}
-        result |= {"defence_costs": [dataclasses.asdict(cost) for cost in client.costs]} if client.costs else {}
-        result["assumptions"] += _cost_row(client.costs)
-        result = write_run(
-            out,
-            result,
-            reconstruction,
-            spec_text=text,
-            truth=client.truth,
-            decoys=decoys,
-            lpips=spec.evaluate.lpips,
-            redact=redact,
-        )
-        if not interrupted:
-            for name in (CHECKPOINT, CONTROL):
-                Checkpoint(out / name).remove()
-        return result
+
+        def finish() -> dict[str, Any]:
+            known = operator(client.observation, client.model)  # what the server knows of the client, as the attack had it
+            result = describe(spec, recipe, client.observation, known, reconstruction, device, simulated=True, command=command)
+            result |= {"partial": bool(interrupted), "interrupted": interrupted or None}
+            result["warnings"] += [_partial(reconstruction, interrupted)] * bool(interrupted) + warnings + unread
+            result |= {"controls": controls} if controls else {}
+            result |= {"defence_costs": [dataclasses.asdict(cost) for cost in client.costs]} if client.costs else {}
+            result["assumptions"] += _cost_row(client.costs)
+            result = write_run(
+                out,
+                result,
+                reconstruction,
+                spec_text=text,
+                truth=client.truth,
+                decoys=decoys,
+                lpips=spec.evaluate.lpips,
+                redact=redact,
+            )
+            if not interrupted:
+                for name in (CHECKPOINT, CONTROL):
+                    Checkpoint(out / name).remove()
+            return result
+
+        return sharded.first(finish)
+
+
+def _finished(out: Path, text: str, *, force: bool, resume: bool) -> dict[str, Any] | None:
+    """The result of a run that ``--resume`` finds finished; None where the folder can be used."""
+    check_folder(out, force=force, resume=resume)
+    return check_resumable(out, text) if resume else None
+
+
+@contextmanager
+def _run_folder(out: Path, text: str, *, force: bool, resume: bool) -> Iterator[None]:
+    """The run folder with the specification in it; of several processes the first one holds it."""
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            stack.enter_context(open_folder(out, force=force, resume=resume))
+            write_atomically(out / SPEC, text)
+
+        sharded.first(begin)
+        yield
 
 
 def _partial(reconstruction: Reconstruction, signal_name: str) -> str:
@@ -277,12 +298,15 @@ def _controls(
         )
         if rebuilt.interrupted:
             return {}, [], rebuilt.interrupted
-        found = dataclasses.asdict(identify(rebuilt.images, client.truth, decoys=decoys))
-        scored = evaluate(rebuilt.images, client.truth, lpips=spec.evaluate.lpips).summary
-        controls["random-noise gradient"] = {**scored, "identification": found}
+        controls["random-noise gradient"] = sharded.first(
+            lambda: {
+                **evaluate(rebuilt.images, client.truth, lpips=spec.evaluate.lpips).summary,
+                "identification": dataclasses.asdict(identify(rebuilt.images, client.truth, decoys=decoys)),
+            }
+        )
     except (ObservationError, DivergedError) as refusal:
         warnings.append(f"The attack refused the control, a random-noise gradient: {refusal}")
-    controls["mean image"] = mean_image_control(client.truth, lpips=spec.evaluate.lpips).summary
+    controls["mean image"] = sharded.first(lambda: mean_image_control(client.truth, lpips=spec.evaluate.lpips).summary)
     return controls, warnings, ""
 
 
@@ -309,7 +333,6 @@ def invert_observation(
         force, resume, redact, watch: As for :func:`audit`.
     """
     recipe, device = prepare(spec)
-    check_folder(out, force=force, resume=resume)
     surrogate = observation.surrogate_data or spec.threat.surrogate_data
     observation = dataclasses.replace(observation, surrogate_data=surrogate)
     model = models.build(spec.model, image_shape=observation.image_shape)
@@ -317,13 +340,12 @@ def invert_observation(
     text = f"# gradleak invert {printable(where)}\n"
     text += dump(resolve(spec, recipe), leave_out={"data", "client", "defence", "evaluate"})
     identity = digest("", observation.update)
-    finished = check_resumable(out, text) if resume else None
+    finished = sharded.first(lambda: _finished(out, text, force=force, resume=resume))
     if finished is not None:
         if finished.get("update_sha256") != identity:
             raise ObservationError(f"{where}: is not the update of the finished run in {out}; choose another --out")
         return finished
-    with open_folder(out, force=force, resume=resume):
-        write_atomically(out / SPEC, text)
+    with _run_folder(out, text, force=force, resume=resume):
         keep = Checkpoint(out / CHECKPOINT, every=spec.checkpoint_seconds)
         with stopping() as stop:
             reconstruction = attack_observation(
@@ -338,15 +360,19 @@ def invert_observation(
                 stop=stop,
                 watch=watch,
             )
-        result = describe(spec, recipe, observation, client, reconstruction, device, simulated=False, command=command)
-        result |= {"partial": bool(reconstruction.interrupted), "interrupted": reconstruction.interrupted or None}
-        result["update_sha256"] = identity
-        if reconstruction.interrupted:
-            result["warnings"].append(_partial(reconstruction, reconstruction.interrupted))
-        result = write_run(out, result, reconstruction, spec_text=text, redact=redact)
-        if not reconstruction.interrupted:
-            keep.remove()
-        return result
+
+        def finish() -> dict[str, Any]:
+            result = describe(spec, recipe, observation, client, reconstruction, device, simulated=False, command=command)
+            result |= {"partial": bool(reconstruction.interrupted), "interrupted": reconstruction.interrupted or None}
+            result["update_sha256"] = identity
+            if reconstruction.interrupted:
+                result["warnings"].append(_partial(reconstruction, reconstruction.interrupted))
+            result = write_run(out, result, reconstruction, spec_text=text, redact=redact)
+            if not reconstruction.interrupted:
+                keep.remove()
+            return result
+
+        return sharded.first(finish)
 
 
 def evaluate_run(
@@ -403,6 +429,7 @@ def attack_observation(
 ) -> Reconstruction:
     """Recover the labels by the specification's rule and run the attack. The truth is not an argument."""
     check_granted(str(spec.attack["name"]), recipe, observation)
+    observation = dataclasses.replace(observation, update=sharded.of_first(observation.update))
     client = operator(observation, model, where=where).to(device)
     labels = recover(spec.labels.rule, observation, client)
     return invert(
@@ -411,7 +438,7 @@ def attack_observation(
         client=client,
         labels=labels,
         seed=spec.seed,
-        progress=progress,
+        progress=progress and sharded.leads(),
         checkpoint=checkpoint,
         stop=stop,
         watch=watch,
@@ -445,7 +472,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     there += ["mps"] if torch.backends.mps.is_available() else []
-    wanted = "cuda:0" if name == "cuda" else name
+    # several processes have one each
+    wanted = f"cuda:{torch.cuda.current_device()}" if name == "cuda" and "cuda:0" in there else name
     if wanted not in there:
         raise SpecError(f"device: {name!r} is not on this machine; available: {', '.join(there)}")
     return torch.device(wanted)

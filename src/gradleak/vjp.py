@@ -129,6 +129,7 @@ class SelfChecking:
         tolerance: Largest relative error of the secant, as a fraction of the exact cotangent's norm.
         every: Rounds between two checks.
         steps: Candidate step lengths.
+        size: Norm of a cotangent of the images.
 
     Attributes:
         step: The step in use.
@@ -137,9 +138,14 @@ class SelfChecking:
     """
 
     def __init__(
-        self, *, tolerance: float = 0.05, every: int = 200, steps: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+        self,
+        *,
+        tolerance: float = 0.05,
+        every: int = 200,
+        steps: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2),
+        size: Callable[[Tensor], float] = lambda t: float(t.norm()),
     ) -> None:
-        self.tolerance, self.every, self.steps = tolerance, every, steps
+        self.tolerance, self.every, self.steps, self.size = tolerance, every, steps, size
         self.step, self.error, self.trusted = 1e-3, math.nan, True
         self._calls = 0
 
@@ -166,9 +172,9 @@ class SelfChecking:
 
         def transpose(cotangent: Update) -> Tensor:
             image_cotangent = reference(cotangent)
-            scale = float(image_cotangent.norm()) or 1.0
+            scale = self.size(image_cotangent) or 1.0
             errors = {
-                step: float((candidate(cotangent, step=step) - image_cotangent).norm()) / scale  # type: ignore[call-arg]
+                step: self.size(candidate(cotangent, step=step) - image_cotangent) / scale  # type: ignore[call-arg]
                 for step in self.steps
             }
             self.step = min(errors, key=errors.__getitem__)

@@ -5,7 +5,7 @@ C. Zhang et al., "Generative Gradient Inversion via Over-Parameterized Networks 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -56,6 +56,8 @@ class CINetAttack(Attack):
     The choices are those of appendix B (:class:`gradleak.cinet.CINet`). The defaults are our fastest good recipe, ``cinet``:
     Adam on signs with cosine decay, SiLU, sigmoid output, no spectral norm.
     """
+
+    shards: ClassVar[bool] = True
 
     channels: Annotated[int, Field(ge=1, le=4096)] | ChannelRule = Field(default="auto", union_mode="left_to_right")
     latent: int = Field(default=128, ge=1)

@@ -28,6 +28,8 @@ class IDLGAttack(Attack):
         initial: First images, ``normal`` as the authors' or ``normalised`` (:class:`gradleak.image_model.Pixels`).
     """
 
+    shards: ClassVar[bool] = True
+
     rounds: int = Field(default=300, ge=1)
     distance: DistanceName = "squared-l2"
     optimiser: Literal["adam", "sgd", "lbfgs"] = "lbfgs"

@@ -6,7 +6,7 @@ learning?", NeurIPS 2020.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -33,6 +33,8 @@ class InvertingGradientsAttack(Attack):
             pixels are normalised, so that their total variation is about four times that of images in [0, 1].
         initial: First images: ``normalised`` is the authors' N(0, 1) on normalised images.
     """
+
+    shards: ClassVar[bool] = True
 
     rounds: int = Field(default=24_000, ge=1)
     distance: DistanceName = "cosine"

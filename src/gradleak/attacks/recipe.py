@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from gradleak.distance import DistanceName
+from gradleak.sharded import WHOLE, Shard
 from gradleak.vjp import EngineName
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Problem:
         observed: g* there, name -> tensor.
         labels: B labels that the attack uses, there.
         gain_sensitivity: How much A depends on the gain of random images (:mod:`gradleak.invariance`).
+        shard: Which of the images this process computes with.
     """
 
     observation: Observation
@@ -43,6 +45,7 @@ class Problem:
     observed: Update
     labels: Tensor
     gain_sensitivity: float
+    shard: Shard = WHOLE
 
     @property
     def gain_blind(self) -> bool:
@@ -88,6 +91,8 @@ class Attack:
         needs: What the attack must have, for `gradleak list`.
         joint_labels: Whether the targets are optimised together with the images, by the same optimiser, whatever rule gave
             labels (:class:`gradleak.targets.FreeTargets`).
+        shards: Whether several processes can share the images (:mod:`gradleak.sharded`): the image model's generators have
+            ``rows``, and a prior is a mean over the images.
         rounds: T, number of steps.
         distance: ``cosine`` (Eq. 3) or ``squared-l2`` (Eq. 2).
         matched: Share of the update's numbers that is compared, counted from the last layer backwards. Below 1 a round costs
@@ -109,6 +114,7 @@ class Attack:
 
     needs: ClassVar[str] = "the labels, granted or recovered (labels.rule)"
     joint_labels: ClassVar[bool] = False
+    shards: ClassVar[bool] = False
 
     rounds: int = Field(default=1000, ge=1)
     distance: DistanceName = "cosine"
