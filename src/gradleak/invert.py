@@ -354,7 +354,8 @@ class _Loop:
         """One step of the optimiser. A loss that is not finite, or memory that runs out, is mended once."""
         phase = self.plan[self.t]
         if phase.begin is not None and self.plan[self.t - 1] is not phase:
-            if phase.begin(self.shard.gather(self.best.images), self.best.loss / max(self.history[0]["loss"], sys.float_info.min)):
+            left = self.best.loss / max(self.history[0]["loss"], sys.float_info.min)
+            if phase.begin(self.shard.gather(self.best.images), left):
                 self.retreat = self._state_to_fall_back_to()
             else:
                 self.left_out.append(self.phases.index(phase))
