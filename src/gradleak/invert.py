@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
+from gradleak import mixed
 from gradleak.attacks import Attack, Problem
 from gradleak.attacks.recipe import Phase, schedule_factor
 from gradleak.checkpoint import Checkpoint, digest
@@ -320,6 +321,8 @@ class _Loop:
             self.engine.size = self.shard.norm
         image_model = attack.image_model(problem).to(next(iter(problem.client.weights.values())))
         self.image_model = self.shard.own(image_model)
+        # the batch norm over several processes is written for one precision
+        self.mixed = attack.precision == "mixed" and mixed.supported(self.device.type) and self.shard.world == 1
         self.natural = attack.gain == "natural" and problem.gain_blind
         self.targets = self._free_targets()
         # DLG's optimiser steps both; with the rule ``joint`` the targets have one of their own
@@ -363,7 +366,8 @@ class _Loop:
                 phase = self.plan[self.t]
         rate = phase.optimiser.param_groups[0]["lr"]
         try:
-            loss = float(phase.optimiser.step(lambda: self._evaluate(phase)))
+            with mixed.rounds(self.mixed and not phase.precise):
+                loss = float(phase.optimiser.step(lambda: self._evaluate(phase)))
         except _NotFinite as fault:
             return self._fall_back(fault)
         except (MemoryError, RuntimeError) as fault:
@@ -423,6 +427,8 @@ class _Loop:
                 "step": self.engine.step,
                 "relative_error": self.engine.error if math.isfinite(self.engine.error) else None,
             }
+        if attack.precision == "mixed":
+            notes["bfloat16"] = self.mixed
         if client.piece is not None:
             notes["images_at_a_time"] = client.piece
         if self.shard.world > 1:
@@ -517,8 +523,9 @@ class _Loop:
         everything = [*self.image_model.parameters(), *([] if self.targets is None else self.targets.parameters())]
         for p in everything:
             p.grad = None
-        with self.shard.synchronised():
+        with self.shard.synchronised(), mixed.image_model(self.device):
             images = self.image_model()
+        images = images.to(next(iter(self.problem.observed.values())))
         # copied where it is kept: free pixels are changed in place by the step
         self.images = images.detach().clone() if self.t + 1 in self._snapshot_rounds else images
         penalty = self.attack.prior(images, self.problem)

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gradleak import mixed
 from gradleak.distance import norm
 from gradleak.errors import ModelError
 from gradleak.observation import Update
@@ -97,7 +98,8 @@ def secant(loss: Loss, weights: Update, images: Tensor, *, step: float = 1e-3) -
     leaves = [weights[name].detach().requires_grad_() for name in names]
     images = images.detach().requires_grad_()
     prefix = Prefix(images)
-    value = prefix(lambda: loss(dict(zip(names, leaves, strict=True)), images))
+    with mixed.weight_gradients():
+        value = prefix(lambda: loss(dict(zip(names, leaves, strict=True)), images))
     found = torch.autograd.grad(value, [*leaves, *prefix.border], allow_unused=True)
     gradients = [torch.zeros_like(w) if g is None else g for w, g in zip(leaves, found, strict=False)]
     # the first pass's cotangents are the secant's base point: reusing them saves two of seven passes

@@ -96,7 +96,7 @@ class CINetAttack(Attack):
 
         return [
             self.phase(theta, self.rounds - self.pixel_rounds, horizon=self.rounds),
-            Phase(self.pixel_rounds, lbfgs, LambdaLR(lbfgs, lambda t: 1.0), begin=begin),
+            Phase(self.pixel_rounds, lbfgs, LambdaLR(lbfgs, lambda t: 1.0), begin=begin, precise=True),
         ]
 
     def generator(self, problem: Problem) -> CINet:

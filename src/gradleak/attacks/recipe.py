@@ -74,6 +74,7 @@ class Phase:
         signed: Whether the optimiser is fed the sign of the gradient.
         begin: Called before the first of them with the best images so far, B x C x H x W, and their matching loss as a share of
             the first one. If it returns False, the phase before has these rounds too.
+        precise: Whether its rounds are in float32 where the attack's precision is ``mixed``.
     """
 
     rounds: int
@@ -81,6 +82,7 @@ class Phase:
     schedule: LambdaLR
     signed: bool = False
     begin: Callable[[Tensor, float], bool] | None = None
+    precise: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -103,7 +105,8 @@ class Attack:
         learning_rate: eta.
         schedule: ``constant``; ``cosine`` from eta to zero over all rounds; ``step``: a tenth after 3/8, 5/8 and 7/8.
         engine: Transpose of the client operator: ``auto`` (self-checking secant), ``secant``, ``exact``.
-        precision: ``float32`` or ``float64``.
+        precision: ``float32``, ``float64``, or ``mixed``: float32, and the image model and the gradients of F's convolution
+            weights in bfloat16 where the processor has the instructions; the pixel phase of CI-Net is in float32.
         patience: Stop after so many rounds in which the best loss fell by less than 1 %; None: never.
         gain: Where the update does not depend on the images' overall gain: ``natural`` holds it near that of photographs
             and puts the brightest values at 1 in the end (:mod:`gradleak.invariance`), ``free`` lets it drift.
@@ -124,7 +127,7 @@ class Attack:
     learning_rate: float = Field(default=5e-3, gt=0, allow_inf_nan=False)
     schedule: Schedule = "cosine"
     engine: EngineName = "auto"
-    precision: Literal["float32", "float64"] = "float32"
+    precision: Literal["float32", "float64", "mixed"] = "float32"
     patience: int | None = Field(default=None, ge=1)
     gain: Literal["natural", "free"] = "natural"
     group: int = Field(default=1, ge=1)

@@ -1,0 +1,102 @@
+"""Rounds that are partly in bfloat16."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from gradleak import mixed
+from gradleak.attacks import attack
+from gradleak.client import FedSGD, simulate
+from gradleak.data import load
+from gradleak.invert import Reconstruction, invert
+from gradleak.labels import recover
+from gradleak.models.cifar import resnet18
+from gradleak.spec import DataSpec
+from gradleak.vjp import secant
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_threads: None) -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def client() -> FedSGD:
+    torch.manual_seed(0)
+    return FedSGD(resnet18(image_shape=(3, 16, 16), num_classes=10, width=8))
+
+
+def test_the_update_is_that_of_float32_but_for_the_convolutions_last_digits(client: FedSGD) -> None:
+    x, y = torch.rand(4, 3, 16, 16), torch.arange(4)
+    whole, transpose = client.vjp(x, y, engine=secant)
+    with mixed.rounds(True):
+        half, other = client.vjp(x, y, engine=secant)
+    changed = set()
+    for name, tensor in whole.items():
+        error = float((half[name] - tensor).norm() / tensor.norm())
+        assert error < 0.02
+        changed |= {name} if error > 1e-4 else set()
+    assert changed
+    assert all(isinstance(client.model.get_submodule(name.rpartition(".")[0]), nn.Conv2d) for name in changed)
+    with mixed.rounds(True):
+        torch.testing.assert_close(other(whole), transpose(whole))
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2),
+        nn.Conv2d(4, 6, (1, 3), dilation=2, bias=False),
+        nn.Conv2d(4, 6, 3, padding="same"),
+        nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+    ],
+)
+def test_every_convolution_gives_its_own_output_and_gradients(convolution: nn.Conv2d) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(2, 4, 12, 12, requires_grad=True)
+    parameters = [x, *convolution.parameters()]
+    plain = convolution(x)
+    with mixed.rounds(True), mixed.weight_gradients():
+        y = convolution(x)
+    torch.testing.assert_close(y, plain)
+    wanted, found = (torch.autograd.grad((out * out.detach().cos()).sum(), parameters) for out in (plain, y))
+    torch.testing.assert_close(found[0], wanted[0])
+    for a, b in zip(found, wanted, strict=True):
+        assert float((a - b).norm()) < 0.02 * float(b.norm())
+
+
+def test_nothing_changes_outside() -> None:
+    with mixed.rounds(False), mixed.weight_gradients():
+        y = nn.Conv2d(3, 4, 3)(torch.rand(1, 3, 8, 8))
+    assert y.grad_fn is not None
+    assert "Convolution" in type(y.grad_fn).__name__
+    assert not hasattr(y.grad_fn, "groups")
+
+
+def run(client: FedSGD, **settings: object) -> Reconstruction:
+    truth = load(DataSpec(source="sample", batch=2, size=16))
+    observation = simulate(client, truth)
+    recipe = attack("cinet", **{"rounds": 40, "channels": 8, **settings})
+    return invert(observation, recipe, client=client, labels=recover("known", observation, client), progress=False)
+
+
+def test_an_attack_in_mixed_precision_fits_as_well(client: FedSGD, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixed, "supported", lambda device: True)
+    whole, half = run(client), run(client, precision="mixed")
+    assert half.notes["bfloat16"]
+    assert half.matching_loss < 2 * whole.matching_loss
+    assert half.images.dtype == torch.float32
+    assert half.history[0]["loss"] == pytest.approx(whole.history[0]["loss"], rel=0.02)
+    assert half.history[0]["loss"] != whole.history[0]["loss"]
+
+
+def test_without_the_instructions_it_is_float32(client: FedSGD, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixed, "supported", lambda device: False)
+    whole, half = run(client, rounds=5), run(client, rounds=5, precision="mixed")
+    assert not half.notes["bfloat16"]
+    assert torch.equal(whole.images, half.images)
+    assert dataclasses.asdict(whole)["matching_loss"] == half.matching_loss
