@@ -1,10 +1,11 @@
-"""Cost of one round of an attack: a plain double-backward baseline against the engines, interleaved in one process.
+"""Cost of one round of an attack: a plain double-backward baseline against the engines, taking turns.
 
     python benchmarks/step.py [--models resnet18-cifar:64 torchvision/resnet18 ...] [--batches 4 16 64] [--json FILE]
 
 Every program does one whole round (generator forward, client's update, distance, transpose, generator backward, optimiser
 step, bookkeeping) on the same client; ``seconds_per_round`` is the median over ``--repeats``, ``spread`` the least and the
-most. ``units`` is seconds over those of F's forward pass, measured in the same interleaving; ``ratio_vs_baseline`` the
+most. Each program has a process of its own and waits while another has its turn: ours keep freed memory, which the baseline
+does not. ``units`` is seconds over those of F's forward pass, measured in the same interleaving; ``ratio_vs_baseline`` the
 baseline's median over the program's; ``memory_vs_baseline`` the baseline's memory over the program's. ``peak_memory_mb`` is
 the peak of a fresh process that ran three rounds of one program, less that of one that only built it. ``peak_share`` is the
 share of this machine's best measured convolution rate that F's forward pass reaches.
@@ -17,13 +18,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,7 @@ from gradleak.attacks.recipe import Problem
 from gradleak.cinet import choose_channels
 from gradleak.invert import _Loop, peak_memory_mb  # the loop itself: a round here is a round of an attack
 from gradleak.labels import Labels
+from gradleak.memory import keep_freed_memory
 from record import provenance, write_rows
 
 Round = Callable[[], object]
@@ -120,7 +125,10 @@ def ours(setting: Setting, *, preset: str, **settings: Any) -> Round:
     if setting.channels is not None:
         settings["channels"] = setting.channels
     recipe = attack(preset, snapshots=0, **settings)
-    return _Loop(setting.problem, recipe, Labels(setting.problem.labels, "known")).round
+    client = setting.problem.client.last(recipe.matched)
+    observed = {name: setting.problem.observed[name] for name in client.weights}
+    problem = dataclasses.replace(setting.problem, client=client, observed=observed)
+    return _Loop(problem, recipe, Labels(problem.labels, "known")).round
 
 
 #: Name -> what builds its round.
@@ -129,6 +137,8 @@ PROGRAMS: dict[str, Callable[[Setting], Round]] = {
     "exact": partial(ours, preset="cinet-reference", engine="exact"),
     "secant": partial(ours, preset="cinet-reference", engine="secant"),
     "cinet": partial(ours, preset="cinet"),
+    "cinet, mixed": partial(ours, preset="cinet", precision="mixed"),
+    "cinet, mixed, last 90 %": partial(ours, preset="cinet", precision="mixed", matched=0.9),
 }
 
 
@@ -156,17 +166,61 @@ def setting(model: str, batch: int, *, channels: int | None = None) -> Setting:
 
 
 def build(program: str, shared: Setting) -> Round:
-    """One program's round."""
+    """One program's round, or F's forward pass."""
     torch.manual_seed(0)
+    if program == FORWARD:
+        shared.model.train()
+        return lambda: shared.model(shared.images)
+    if program != "baseline":
+        keep_freed_memory()  # as an attack does
     return PROGRAMS[program](shared)
+
+
+@contextmanager
+def processes(programs: list[str], model: str, batch: int, channels: int | None) -> Iterator[dict[str, Callable[[], float]]]:
+    """Program -> a function that has it do one round in a process of its own, and gives the seconds."""
+    context, started = multiprocessing.get_context("spawn"), []
+
+    def start(program: str) -> Callable[[], float]:
+        ours, theirs = context.Pipe()
+        arguments = (theirs, program, model, batch, channels, torch.get_num_threads())
+        process = context.Process(target=serve, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        started.append(process)
+
+        def turn() -> float:
+            ours.send(True)
+            return float(ours.recv())
+
+        return turn
+
+    try:
+        yield {program: start(program) for program in programs}
+    finally:
+        for process in started:
+            process.terminate()
+
+
+def serve(connection: Connection, program: str, model: str, batch: int, channels: int | None, threads: int) -> None:
+    """Do a round whenever asked to."""
+    torch.set_num_threads(threads)
+    run = build(program, setting(model, batch, channels=channels))
+    while connection.recv():
+        connection.send(seconds(run))
 
 
 def interleaved(rounds: Mapping[str, Round], *, repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
     """Seconds of each of the programs' rounds, which take turns: A B C A B C ..."""
-    times: dict[str, list[float]] = {program: [] for program in rounds}
+    return in_turns({program: partial(seconds, run) for program, run in rounds.items()}, repeats=repeats, warm_up=warm_up)
+
+
+def in_turns(timed: Mapping[str, Callable[[], float]], *, repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """What each of the programs' functions gives, which take turns."""
+    times: dict[str, list[float]] = {program: [] for program in timed}
     for repeat in range(warm_up + repeats):
-        for program, run in rounds.items():
-            elapsed = seconds(run)
+        for program, run in timed.items():
+            elapsed = run()
             if repeat >= warm_up:
                 times[program].append(elapsed)
     return times
@@ -223,10 +277,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Rows of the programs for one model and batch."""
     shared = setting(model, batch, channels=channels)
-    rounds = {program: build(program, shared) for program in programs}
-    shared.model.train()
-    rounds[FORWARD] = lambda: shared.model(shared.images)
-    times = interleaved(rounds, repeats=repeats)
+    with processes([*programs, FORWARD], model, batch, channels) as timed:
+        times = in_turns(timed, repeats=repeats)
     medians = {program: statistics.median(values) for program, values in times.items()}
     share = forward_flops(shared.model, shared.images) / medians[FORWARD] / convolution_peak()
     peaks = {program: extra_memory(program, model, batch, channels=channels) for program in programs} if memory else {}
