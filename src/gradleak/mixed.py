@@ -1,8 +1,8 @@
 """Rounds that are partly in bfloat16: half the time for these parts on processors that have the instructions.
 
 The image model is, whatever images it makes: F sees them in float32. So are the gradients of F's convolution weights, the only
-part of the secant that is not divided by its small step. Numbers are rounded to 8 bits and summed in float32, so that the rounding
-averages out: the update's relative error is below a thousandth (docs/performance.md).
+part of the secant that is not divided by its small step. Numbers are rounded to 8 bits and summed in float32, so that the
+rounding averages out: the update's relative error is below a thousandth (docs/performance.md).
 """
 
 from __future__ import annotations
