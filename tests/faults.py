@@ -195,7 +195,7 @@ def _signals(number: signal.Signals) -> Callable[[Path, dict[str, Any], int, ran
 
 
 @contextmanager
-def small_disk(folder: Path, size: str = "2m") -> Iterator[None]:
+def small_disk(folder: Path, size: str = "8m") -> Iterator[None]:
     """A tmpfs of a given size."""
     folder.mkdir(parents=True, exist_ok=True)
     if sys.platform != "linux" or os.geteuid() != 0:

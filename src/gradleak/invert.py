@@ -591,7 +591,8 @@ class _Loop:
             "phase": self.phases.index(phase),
             "image_model": copy.deepcopy(self.image_model.state_dict()),
             "targets": None if self.targets is None else copy.deepcopy(self.targets.state_dict()),
-            "optimiser": copy.deepcopy(phase.optimiser.state_dict()),
+            # pixels begin anew after a fall back: L-BFGS's history is large, and holds what led there
+            "optimiser": None if phase.begin is not None else copy.deepcopy(phase.optimiser.state_dict()),
         }
 
     def _fall_back(self, fault: _NotFinite) -> None:
@@ -610,7 +611,7 @@ class _Loop:
         self.image_model.load_state_dict(self.retreat["image_model"])
         if self.targets is not None:
             self.targets.load_state_dict(self.retreat["targets"])
-        if self.phases.index(phase) == self.retreat["phase"]:
+        if self.phases.index(phase) == self.retreat["phase"] and self.retreat["optimiser"] is not None:
             phase.optimiser.load_state_dict(self.retreat["optimiser"])
         else:
             phase.optimiser.state.clear()
