@@ -139,6 +139,7 @@ PROGRAMS: dict[str, Callable[[Setting], Round]] = {
     "cinet": partial(ours, preset="cinet"),
     "cinet, mixed": partial(ours, preset="cinet", precision="mixed"),
     "cinet, mixed, last 90 %": partial(ours, preset="cinet", precision="mixed", matched=0.9),
+    "cinet, mixed, last 75 %": partial(ours, preset="cinet", precision="mixed", matched=0.75),
 }
 
 
