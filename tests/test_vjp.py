@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchvision.ops import StochasticDepth
 
+import gradleak.vjp
 from gradleak.client import FedSGD, simulate
+from gradleak.distance import cosine
+from gradleak.models.cifar import resnet18
 from gradleak.observation import Truth, Update
 from gradleak.vjp import Engine, SelfChecking, engine, exact, secant
 
@@ -150,11 +153,11 @@ def test_secant_error_in_float32(norm: str, mode: str, activation: str) -> None:
 
 
 def test_self_checking_trusts_the_secant_where_it_is_right() -> None:
-    """A smooth model: the check itself returns the exact transpose, later rounds the secant with the best of the steps."""
+    """A smooth model: the check returns the mean of steps both ways, later rounds the secant with the best of the steps."""
     (x, y), client = batch(), FedSGD(network("none", "tanh"))
     checking, u = SelfChecking(every=3), random_like(client.weights)
     first = client.vjp(x, y, engine=checking)[1](u)
-    assert torch.equal(first, client.vjp(x, y)[1](u))
+    torch.testing.assert_close(first, client.vjp(x, y)[1](u), rtol=1e-5, atol=1e-6)
     assert checking.trusted
     assert checking.step == min(checking.steps)  # in float64 only the curvature counts
     assert checking.error == pytest.approx(
@@ -175,6 +178,33 @@ def test_self_checking_falls_back_to_exact_where_the_secant_is_wrong() -> None:
         assert checking.error > checking.tolerance
     checking.steps = (1e-6,)
     client.vjp(x, y, engine=checking)[1](u)
+    assert checking.trusted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_self_checking_finds_the_kinks_of_a_deep_network(dtype: torch.dtype) -> None:
+    """With the default steps, which cross few of them: both directions then disagree, and the exact transpose is used."""
+    torch.manual_seed(0)
+    client = FedSGD(resnet18(image_shape=(3, 16, 16), num_classes=10, width=8)).to("cpu", dtype)
+    x, y = torch.rand(4, 3, 16, 16, dtype=dtype), torch.arange(4)
+    update, transpose = client.vjp(x, y)
+    _, u = cosine(update, client(x.roll(1, dims=3), y))
+    expected, checking = transpose(u), SelfChecking()
+    torch.testing.assert_close(client.vjp(x, y, engine=checking)[1](u), expected)
+    assert not checking.trusted
+    assert checking.error > 0.2
+
+
+def test_a_check_keeps_no_graph_of_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where F is smooth: its memory is that of the secant."""
+    (x, y), client = batch(), FedSGD(network("batch", "sigmoid"))
+
+    def refused(*arguments: object) -> None:
+        raise AssertionError("double backward")
+
+    monkeypatch.setattr(gradleak.vjp, "exact", refused)
+    checking = SelfChecking()
+    client.vjp(x, y, engine=checking)[1](random_like(client.weights))
     assert checking.trusted
 
 

@@ -122,13 +122,15 @@ def secant(loss: Loss, weights: Update, images: Tensor, *, step: float = 1e-3) -
 
 
 class SelfChecking:
-    """The secant while it agrees with the exact transpose, the exact transpose where it does not.
+    """The secant while steps forwards and backwards agree, the exact transpose where they do not.
 
-    Every ``every`` rounds both are computed at the same point. The step with the least relative error is kept; when even
-    that error is above ``tolerance`` (ReLU kinks, say), the exact transpose is used until the next check.
+    Every ``every`` rounds the secant is computed with :math:`h` and with :math:`-h`. Half their difference is its error: that
+    of curvature, of round-off, or of kinks (of ReLU, say), which lie elsewhere in both directions. The step with the least
+    error is kept, and the mean of both is used in that round; when even that error is above ``tolerance``, the exact transpose
+    is used until the next check. So memory is that of the secant where F is smooth.
 
     Args:
-        tolerance: Largest relative error of the secant, as a fraction of the exact cotangent's norm.
+        tolerance: Largest error of the secant, as a fraction of the cotangent's norm.
         every: Rounds between two checks.
         steps: Candidate step lengths.
         size: Norm of a cotangent of the images.
@@ -169,18 +171,16 @@ class SelfChecking:
         self._calls += 1
         if not check:
             return secant(loss, weights, images, step=self.step) if self.trusted else exact(loss, weights, images)
-        update, reference = exact(loss, weights, images)
-        _, candidate = secant(loss, weights, images)
+        update, candidate = secant(loss, weights, images)
 
         def transpose(cotangent: Update) -> Tensor:
-            image_cotangent = reference(cotangent)
-            scale = self.size(image_cotangent) or 1.0
-            errors = {
-                step: self.size(candidate(cotangent, step=step) - image_cotangent) / scale  # type: ignore[call-arg]
-                for step in self.steps
-            }
-            self.step = min(errors, key=errors.__getitem__)
-            self.error = errors[self.step]
+            back = {name: -c for name, c in cotangent.items()}
+            found = {}
+            for step in self.steps:
+                one_sided = candidate(cotangent, step=step)  # type: ignore[call-arg]
+                two_sided = (one_sided - candidate(back, step=step)) / 2  # type: ignore[call-arg]
+                found[step] = self.size(one_sided - two_sided) / (self.size(two_sided) or 1.0), two_sided
+            self.step, (self.error, image_cotangent) = min(found.items(), key=lambda item: item[1][0])
             trusted = self.error <= self.tolerance
             if trusted != self.trusted:
                 log.info(
@@ -190,7 +190,7 @@ class SelfChecking:
                     "secant" if trusted else "exact from here",
                 )
             self.trusted = trusted
-            return image_cotangent
+            return image_cotangent if trusted else exact(loss, weights, images)[1](cotangent)
 
         return update, transpose
 
