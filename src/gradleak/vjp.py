@@ -174,11 +174,10 @@ class SelfChecking:
         update, candidate = secant(loss, weights, images)
 
         def transpose(cotangent: Update) -> Tensor:
-            back = {name: -c for name, c in cotangent.items()}
             found = {}
             for step in self.steps:
                 one_sided = candidate(cotangent, step=step)  # type: ignore[call-arg]
-                two_sided = (one_sided - candidate(back, step=step)) / 2  # type: ignore[call-arg]
+                two_sided = (one_sided + candidate(cotangent, step=-step)) / 2  # type: ignore[call-arg]
                 found[step] = self.size(one_sided - two_sided) / (self.size(two_sided) or 1.0), two_sided
             self.step, (self.error, image_cotangent) = min(found.items(), key=lambda item: item[1][0])
             trusted = self.error <= self.tolerance
