@@ -31,7 +31,7 @@ import gradleak as gl  # noqa: F401  (before torch: it sets how threads wait)
 import torch
 
 from record import provenance, write_rows
-from step import FORWARD, HEAD, PROGRAMS, line, measure
+from step import FORWARD, HEAD, PROGRAMS, shown
 from tables import table
 
 Row = dict[str, Any]
@@ -80,16 +80,7 @@ def along(axis: str, options: argparse.Namespace) -> list[Row]:
             print(f"{model}, B = {batch} and beyond: left out, more than --max-seconds {options.max_seconds:g}")
             break
         start = time.perf_counter()
-        for row in measure(
-            model,
-            batch,
-            programs=options.programs,
-            repeats=options.repeats,
-            memory=not options.no_memory,
-            channels=options.channels,
-        ):
-            rows.append({**row, "axis": axis})
-            print(line(row), flush=True)
+        rows += [{**row, "axis": axis} for row in shown(model, batch, options)]
         took.append(time.perf_counter() - start)
     return [*rows, *slopes(axis, rows, options.programs)]
 

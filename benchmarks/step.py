@@ -308,6 +308,20 @@ def measure(
     ]
 
 
+def shown(model: str, batch: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of :func:`measure` by the command's options, each printed."""
+    for row in measure(
+        model,
+        batch,
+        programs=options.programs,
+        repeats=options.repeats,
+        memory=not options.no_memory,
+        channels=options.channels,
+    ):
+        print(line(row), flush=True)
+        yield row
+
+
 def line(row: Mapping[str, Any]) -> str:
     """A row as a line of :data:`HEAD`'s table."""
     memory, ratio, memory_ratio = (
@@ -350,16 +364,7 @@ def main(argv: list[str] | None = None) -> None:
             if batch * model_spec(model)[1] ** 2 > options.max_pixels:
                 print(f"{model}, B = {batch}: left out, more than --max-pixels {options.max_pixels}")
                 continue
-            for row in measure(
-                model,
-                batch,
-                programs=options.programs,
-                repeats=options.repeats,
-                memory=not options.no_memory,
-                channels=options.channels,
-            ):
-                rows.append({**row, **origin})
-                print(line(row), flush=True)
+            rows += [{**row, **origin} for row in shown(model, batch, options)]
             if options.json:
                 write_rows(options.json, rows)
 

@@ -54,14 +54,17 @@ class Prefix:
             return compute()
         token = _active.set(self)
         try:
-            return compute()
+            value = compute()
         except RuntimeError as fault:
             # F changes an output of the prefix in place, which autograd refuses for one that is cut off
             if "in-place" not in str(fault):
                 raise
-            self._used = False
             self.pieces.clear()
+        else:
+            return value
         finally:
+            # nothing found: later passes need not look for it
+            self._used = bool(self.pieces)
             _active.reset(token)
         return compute()
 

@@ -117,9 +117,7 @@ class CINetAttack(Attack):
         )
 
     def describe(self, problem: Problem, image_model: nn.Module) -> dict[str, Any]:
-        generator = image_model.members[0] if isinstance(image_model, SideBySide) else image_model
-        generator = generator.generator if isinstance(generator, Corrected) else generator
-        assert isinstance(generator, CINet)
+        generator = next(module for module in image_model.modules() if isinstance(module, CINet))
         size = sum(p.numel() for p in generator.parameters())
         corrected = isinstance(image_model, Corrected) and bool(image_model.settled)
         return {"generator_channels": generator.channels, "generator_parameters": size, "pixels_corrected": corrected}
