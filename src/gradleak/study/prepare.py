@@ -18,3 +18,7 @@ class Prepare(BaseModel):
     @property
     def key(self) -> str:
         return self.name
+
+
+def prepare(entries: object, folder: object, *, sources: object) -> None:
+    """Nothing yet."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gradleak import run
@@ -225,6 +226,17 @@ def load_studies(
     return studies
 
 
+def dump_study(study: StudySpec) -> str:
+    """The study as TOML, with the sources and overrides that it was loaded with."""
+
+    def without_none(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without_none(item) for key, item in value.items() if item is not None}
+        return [without_none(item) for item in value if item is not None] if isinstance(value, (list, tuple)) else value
+
+    return str(tomli_w.dumps(without_none(study.model_dump(mode="json", exclude={"name"}))))
+
+
 def cells(study: StudySpec, *, prepared: Path | None = None) -> list[Cell]:
     """The cells of a study, the seed innermost.
 
@@ -252,9 +264,8 @@ def cells(study: StudySpec, *, prepared: Path | None = None) -> list[Cell]:
     keys: dict[str, Cell] = {}
     for cell in found:
         if cell.key in keys:
-            raise SpecError(
-                f"{study.name}: two cells are the same run: {keys[cell.key].label!r} and {cell.label!r}; leave one out of the grid"
-            )
+            same = f"{keys[cell.key].label!r} and {cell.label!r}"
+            raise SpecError(f"{study.name}: two cells are the same run, {same}; leave one out of the grid")
         keys[cell.key] = cell
     return found
 
