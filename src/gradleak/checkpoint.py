@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradleak.errors import CheckpointError, OutputError
 from gradleak.files import sync_folder
-from gradleak.tensors import read_tensors, write_tensors
+from gradleak.tensors import read_metadata, read_tensors, write_tensors
 
 FORMAT, VERSION = "gradleak-checkpoint", "1"
 
@@ -59,12 +59,13 @@ class Checkpoint:
         wait = max(self.every, COST * self._took) if self.every > 0 else 0.0
         return time.monotonic() - self._last >= wait
 
-    def save(self, state: Mapping[str, Any], *, run: str) -> None:
+    def save(self, state: Mapping[str, Any], *, run: str, done: str = "") -> None:
         """Write a state.
 
         Args:
             state: What :meth:`load` gives back.
             run: What tells this run from any other (:func:`digest`).
+            done: How far the run is, for people (:meth:`done`).
 
         Raises:
             OutputError: It cannot be written, for the :data:`FAILURES`-th time in a row. Before that a warning is logged:
@@ -72,7 +73,14 @@ class Checkpoint:
         """
         start = time.monotonic()
         tensors, text = _pack(state)
-        metadata = {"format": FORMAT, "version": VERSION, "run": run, "state": text, "digest": digest(text, tensors)}
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "run": run,
+            "state": text,
+            "digest": digest(text, tensors),
+            "done": done,
+        }
         try:
             # a damaged file does not take the place of the whole one before it
             write_tensors(self.path, tensors, metadata, keep=None if self._damaged else self.previous)
@@ -116,6 +124,13 @@ class Checkpoint:
         if faults:
             raise CheckpointError(f"{'; '.join(faults)}; no whole checkpoint is left: start anew with --force")
         return None
+
+    def done(self) -> str:
+        """How far the run is by its last checkpoint, as :meth:`save` was told; empty where there is none."""
+        try:
+            return read_metadata(self.path, error=CheckpointError).get("done", "")
+        except CheckpointError:
+            return ""
 
     def remove(self) -> None:
         """Delete both files: the run's result is on disk."""

@@ -1,4 +1,4 @@
-"""The command line: audit, capture, convert, invert, evaluate, purge, check, validate, train-generator, train-model, list."""
+"""The command line: audits and studies, an audit in steps, run folders, and what comes before a run."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from gradleak.catalogue import Entry
     from gradleak.invert import Watcher
     from gradleak.sharded import Processes
+    from gradleak.study.runner import Done
+    from gradleak.study.spec import StudySpec
 
 EXIT_CODES = """\b
 Exit codes:
@@ -749,6 +751,208 @@ def list_(
         return dataclasses.asdict(entry)
     _print_entry(what, entry)
     return None
+
+
+study_app = typer.Typer(
+    name="study",
+    cls=_Commands,
+    help="Grids of runs: every cell a run folder, resumable, on one machine or a cluster; a report beside published figures.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
+)
+app.add_typer(study_app, rich_help_panel=AUDIT)
+
+StudyFiles = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="SPEC...", help="TOML studies, or folders of them  [default: those that were run in --out]"),
+]
+StudyOut = Annotated[
+    Path,
+    typer.Option("--out", metavar="DIR", help="Folder of the cells; studies share it", rich_help_panel=OUTPUT),
+]
+Sources = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--source",
+        metavar="NAME=SOURCE",
+        help="Where the images that a study calls NAME are, e.g. imagenet=folder:pictures; as often as needed",
+        rich_help_panel=RUN,
+    ),
+]
+
+
+@study_app.command(
+    "run",
+    cls=_Command,
+    epilog=_examples(
+        "study run studies/small --out small                                  # all of them, with torchvision's CIFAR-10",
+        "study run studies/small/table-1.toml --source cifar10=npz:images.npz --out small",
+        "study run studies/full/table-3-4.toml --out full --resume            # after a crash, a kill or Ctrl-C",
+        "study run studies/full --out /shared/full --engine ray --address auto --resume",
+    ),
+)
+def study_run(
+    specs: Annotated[list[Path], typer.Argument(metavar="SPEC...", help="TOML studies, or folders of them")],
+    *,
+    set_: Set = None,
+    source: Sources = None,
+    engine: Annotated[
+        str, typer.Option(metavar="NAME", help="local, or ray (needs gradleak[ray])", rich_help_panel=RUN)
+    ] = "local",
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="local: cells side by side  [default: as many as fit this machine]", rich_help_panel=RUN
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="ray: the cluster, auto or ray://HOST:PORT  [default: here]", rich_help_panel=RUN),
+    ] = None,
+    out: Annotated[
+        str,
+        typer.Option("--out", metavar="DIR", help="Folder of the cells; with ray also an fsspec URL", rich_help_panel=OUTPUT),
+    ],
+    force: Annotated[bool, typer.Option("--force", help="Begin unfinished cells anew", rich_help_panel=OUTPUT)] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with unfinished cells", rich_help_panel=OUTPUT)] = False,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> Report:
+    """Run what is not finished of a study: each cell of its grid as `audit` would.
+
+    Finished cells are kept, also when the study is edited or another one has the same cell. A cell that cannot be run is
+    reported, and the others go on; the exit code is then 2.
+    """
+    from gradleak.study import runner, store
+    from gradleak.study.spec import load_studies
+
+    _only_one(force=force, resume=resume)
+    studies = load_studies(specs, sources=_sources(source), overrides=set_)
+    if engine == "ray":
+        raise SpecError("--engine ray: is not there yet")
+    if engine != "local":
+        raise SpecError(f"--engine {engine}: expected local or ray")
+    if address is not None:
+        raise SpecError("--address: is of --engine ray")
+    if "://" in out:
+        raise SpecError(f"--out {out}: a URL is for --engine ray; the local engine takes a folder")
+    folder = Path(out)
+    try:
+        done = runner.run_studies(studies, folder, processes=processes, resume=resume, force=force, progress=not quiet)
+    finally:
+        if (folder / runner.CELLS).is_dir():
+            store.save(studies, folder)
+    return _study_done(done, folder, as_json=json_)
+
+
+def _study_done(done: list[Done], out: Path, *, as_json: bool) -> Report:
+    """What became of the cells; exit code 2 where one could not be run."""
+    counts = {outcome: sum(each.outcome == outcome for each in done) for outcome in ("finished", "before", "failed", "busy")}
+    failed = [each for each in done if each.outcome == "failed"]
+    interrupted = next((each.reason for each in done if each.outcome == "interrupted"), None)
+    found = {
+        "folder": str(out.resolve()),
+        "cells": counts,
+        "failed": [{"study": e.cell.study, "cell": e.cell.key, "label": e.cell.label, "reason": e.reason} for e in failed],
+        "partial": interrupted is not None,
+        "interrupted": interrupted,
+    }
+    if not as_json:
+        _echo(f"finished: {counts['finished']}, finished before: {counts['before']}, failed: {counts['failed']}")
+        for each in failed:
+            _echo(f"failed: {each.cell.study}, {each.cell.label}: {each.reason}", err=True)
+        if counts["busy"]:
+            _echo(f"left to other processes that have them: {counts['busy']}")
+        _echo(f"rows: {out / 'rows.parquet'}, {out / 'rows.json'}; see `gradleak study report --out {shlex.quote(str(out))}`")
+    if failed and interrupted is None:
+        if as_json:
+            _print_json(found)
+        raise typer.Exit(2)
+    if as_json or interrupted is None:
+        return found if as_json else None
+    sys.exit(_status(found))
+
+
+@study_app.command(
+    "status",
+    cls=_Command,
+    epilog=_examples("study status --out small", "study status studies/full --out full --json"),
+)
+def study_status(
+    specs: StudyFiles = None, *, set_: Set = None, source: Sources = None, out: StudyOut, json_: Json = False
+) -> Report:
+    """How far a study is: finished, unfinished, failed and missing cells."""
+    from gradleak.study import store
+
+    studies = _studies(specs, out, set_, source)
+    found = store.rows(studies, out)
+    if json_:
+        return {"folder": str(out.resolve()), "rows": found}
+    for line in store.status_lines(found):
+        _echo(line)
+    return None
+
+
+@study_app.command(
+    "report",
+    cls=_Command,
+    epilog=_examples(
+        "study report --out small                                   # writes small/report.html and report.md",
+        "study report studies/small --out small --to reproduction --rows studies/results/rows.json",
+    ),
+)
+def study_report(
+    specs: StudyFiles = None,
+    *,
+    set_: Set = None,
+    source: Sources = None,
+    out: StudyOut,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="Where the report goes  [default: --out]", rich_help_panel=OUTPUT)
+    ] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            "--rows", metavar="FILE", help="JSON rows that finished cells are merged into first", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    json_: Json = False,
+) -> Report:
+    """Tables, curves and pictures of a study, beside what was published: Markdown and one HTML page."""
+    from gradleak.study import report, store
+
+    studies = _studies(specs, out, set_, source)
+    found = store.rows(studies, out)
+    if rows is not None:
+        merged = store.merge(store.read_rows(rows), [row for row in found if row["state"] == "finished"])
+        store.write_rows(rows, merged)
+        found = store.merge(found, merged)
+    written = report.write_report(studies, found, to or out, cells=out / "cells")
+    if json_:
+        return {"files": [str(path) for path in written], "rows": len(found)}
+    for path in written[:2]:
+        _echo(f"report: {path}")
+    return None
+
+
+def _studies(specs: list[Path] | None, out: Path, set_: list[str] | None, source: list[str] | None) -> list[StudySpec]:
+    """The studies of some files, or those that were run in a folder."""
+    from gradleak.study.runner import STUDIES
+    from gradleak.study.spec import load_studies
+
+    if not specs:
+        specs = sorted(folder for folder in (out / STUDIES).glob("*") if folder.is_dir())
+        if not specs:
+            raise OutputError(f"{out}: no study was run there; name its specification, or another --out")
+    return load_studies(specs, sources=_sources(source), overrides=set_)
+
+
+def _sources(given: list[str] | None) -> dict[str, str]:
+    for text in given or []:
+        if not all(text.partition("=")[::2]):
+            raise SpecError(f"--source {text}: expected NAME=SOURCE, for example cifar10=npz:images.npz")
+    return {name: source for name, _, source in (text.partition("=") for text in given or [])}
 
 
 def main() -> NoReturn:

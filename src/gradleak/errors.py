@@ -60,6 +60,10 @@ class OutputError(GradleakError):
     """The output folder cannot be used."""
 
 
+class BusyError(OutputError):
+    """The output folder is in use by another process, which may soon be done with it."""
+
+
 class CheckpointError(GradleakError):
     """A checkpoint is damaged, or belongs to another run."""
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gradleak.errors import GradleakError, OutputError
+from gradleak.errors import BusyError, GradleakError, OutputError
 
 RESULT, RECONSTRUCTION, SPEC, LOG = "result.json", "reconstruction.safetensors", "spec.toml", "log.jsonl"
 REPORT, GRID, MATRIX = "report.html", "grid.png", "matrix.json"
 CHECKPOINT, CONTROL, LOCK = "checkpoint.safetensors", "checkpoint-control.safetensors", ".lock"
+CELL = "cell.json"
 
 #: What a finished run leaves.
 RUN_FILES = (RESULT, RECONSTRUCTION, SPEC, LOG, REPORT, GRID)
@@ -95,7 +96,8 @@ def lock_folder(out: Path) -> Iterator[None]:
     """Hold the lock of an existing folder.
 
     Raises:
-        OutputError: Another process holds it, or the folder is not writable.
+        BusyError: Another process holds it.
+        OutputError: The folder is not writable.
     """
     if not os.access(out, os.W_OK):
         raise OutputError(f"{out}: the folder is not writable")
@@ -103,7 +105,7 @@ def lock_folder(out: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise OutputError(f"{out}: is in use by another gradleak process; wait for it, or choose another --out") from None
+        raise BusyError(f"{out}: is in use by another gradleak process; wait for it, or choose another --out") from None
     except (OSError, NotImplementedError) as error:
         raise OutputError(f"{out}: cannot be locked: {error}") from None
     try:

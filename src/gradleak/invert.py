@@ -199,7 +199,7 @@ def invert(
                 "loop": None if loop is None else loop.state_dict(),
             }
             if own.rank == 0:
-                checkpoint.save(whole, run=run)
+                checkpoint.save(whole, run=run, done="" if loop is None else f"{loop.t} of {loop.rounds} rounds")
 
     for k in range(done, attack.repeat):
         with _seeded(seed + k, device):

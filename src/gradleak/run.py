@@ -516,6 +516,7 @@ def describe(
             "classes": _classes(client, observation),
             "accuracy": None,
         },
+        "image_shape": list(observation.image_shape),
         "image_sensitivity": max(relative_changes(*probes).values(), default=0.0),
         "layers": [dataclasses.asdict(layer) for layer in layers(observation.update, rebuilt, probes)],
         "cost": {

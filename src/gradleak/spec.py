@@ -329,11 +329,16 @@ def override(table: dict[str, Any], overrides: list[str], *, where: str = "speci
         SpecError: As :func:`load`.
     """
     for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise SpecError(f"--set {text}: expected key=value, for example --set attack.rounds=300")
-        _assign(table, key.strip(), _value(value.strip()))
+        set_value(table, text)
     return parse(table, where=where)
+
+
+def set_value(table: dict[str, Any], text: str) -> None:
+    """Change a table of tables as ``--set KEY=VALUE`` says; the value is read as TOML, else as a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise SpecError(f"--set {text}: expected key=value, for example --set attack.rounds=300")
+    set_key(table, key.strip(), _value(value.strip()))
 
 
 def parse(table: dict[str, Any], *, where: str = "specification") -> RunSpec:
@@ -417,7 +422,8 @@ def _value(text: str) -> Any:
         return text
 
 
-def _assign(table: dict[str, Any], key: str, value: Any) -> None:
+def set_key(table: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value at a dotted key of a table of tables; tables on the way are made."""
     *parents, leaf = key.split(".")
     if len(parents) >= MAX_KEY_PARTS:
         raise SpecError(f"--set {key}: a key of more than {MAX_KEY_PARTS} parts")
