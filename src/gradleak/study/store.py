@@ -34,7 +34,7 @@ def rows(studies: list[StudySpec], out: Path) -> list[Row]:
 
     Keys: ``study, size, cell, dataset, image_shape, batch, model, method, label, settings, seed, rounds, seconds, psnr, ssim,
     fsim, lpips, worst, recognisable, labels, matching_loss, device, processes, threads, versions, commit, command, date,
-    quality, published, state, error``. Metrics are means over the images of the batch, one to one; ``worst`` has the worst image's;
+    quality, published, state, error``. Metrics are means over the images, one to one; ``worst`` has the worst image's;
     ``recognisable`` counts images of SSIM .6 or more; ``labels`` is ``granted`` or the accuracy of the recovered ones;
     ``quality`` has SSIM and PSNR of some rounds; ``published`` is what the paper states.
     """
