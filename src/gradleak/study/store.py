@@ -13,7 +13,7 @@ from gradleak.checkpoint import Checkpoint
 from gradleak.errors import GradleakError, OutputError
 from gradleak.evaluate import RECOGNISABLE_SSIM
 from gradleak.files import parse_json, read_text, write_atomically
-from gradleak.folder import CHECKPOINT
+from gradleak.folder import CHECKPOINT, ROWS
 from gradleak.results import read_result
 from gradleak.study.runner import CELLS, read_cell, state
 from gradleak.study.spec import Cell, Published, StudySpec, all_cells
@@ -205,7 +205,7 @@ def status_lines(found: list[Row]) -> list[str]:
 def save(studies: list[StudySpec], out: Path) -> list[Row]:
     """Make ``rows.parquet`` and ``rows.json`` of a study's folder anew from its run folders; returns the rows."""
     found = rows(studies, out)
-    everything = merge(read_rows(out / "rows.json"), found)
-    write_rows(out / "rows.json", everything)
+    everything = merge(read_rows(out / ROWS), found)
+    write_rows(out / ROWS, everything)
     write_parquet(out / "rows.parquet", everything)
     return found
