@@ -312,6 +312,56 @@ def concurrent(out: Path, reference: dict[str, Any], times: int, dice: random.Ra
     return Outcome(refused, code != 0 or result(out) != reference, text if code else "exit code 2 each time")
 
 
+STUDY = """
+size = "small"
+seeds = [0, 1]
+[base]
+device = "cpu"
+checkpoint_seconds = 0
+data = { source = "sample", batch = 2, size = 16 }
+model = { name = "lenet", activation = "sigmoid" }
+attack = { channels = 8 }
+evaluate = { lpips = "off" }
+[grid]
+attack = [{ name = "cinet" }, { name = "inverting-gradients" }]
+[budget]
+rounds = 300
+"""
+
+
+def study(out: Path, reference: dict[str, Any], times: int, dice: random.Random) -> Outcome:
+    """kill -9 a study that runs two cells side by side; in the end its rows and pictures are those of an undisturbed one."""
+    (specification := out.with_name("killed.toml")).write_text(STUDY)
+
+    def begin(folder: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", MAIN, "study", "run", str(specification), "--out", str(folder), "--processes", "2"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [*command, "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+        )
+
+    def found(folder: Path) -> tuple[Any, dict[str, bytes]]:
+        rows = json.loads((folder / "rows.json").read_text())
+        pictures = {path.parent.name: path.read_bytes() for path in folder.glob("cells/*/reconstruction.safetensors")}
+        return [{key: row[key] for key in row if key not in ("seconds", "date")} for row in rows], pictures
+
+    calm = out.with_name("study-undisturbed")
+    code, text = finish(begin(calm))
+    assert code == 0, text
+    kills = 0
+    process = begin(out)
+    while kills < times:
+        time.sleep(dice.uniform(3, 9))  # some before the first round, most in mid-cell, some between cells
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.communicate()
+        kills += 1
+        process = begin(out)
+    code, text = finish(process)
+    return Outcome(kills, code != 0 or found(out) != found(calm), text if code else "")
+
+
 FAULTS: dict[str, Callable[[Path, dict[str, Any], int, random.Random], Outcome]] = {
     "kill": kill,
     "write": write,
@@ -323,6 +373,7 @@ FAULTS: dict[str, Callable[[Path, dict[str, Any], int, random.Random], Outcome]]
     "vanished": vanished,
     "clock": clock,
     "concurrent": concurrent,
+    "study": study,
 }
 
 

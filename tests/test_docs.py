@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.main
 
 import pages
 from gradleak import cli, spec
 from gradleak.attacks import attack
 from gradleak.defences import parse
+from gradleak.study.spec import load_study
 
-COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+COMMANDS = cli.commands()
 WITH_CODE = [page for page in pages.PAGES if any(b.language == "python" and not b.title for b in pages.blocks(page))]
 WITH_COMMANDS = [
     page for page in pages.PAGES if any(list(pages.commands(b)) for b in pages.blocks(page) if b.language == "console")
@@ -52,7 +52,8 @@ def test_the_code_of_a_page_runs(page: str, outcomes: dict[str, str | None]) -> 
 
 def check_command(arguments: list[str]) -> None:
     """The command, its options and its settings exist, and a value has the right type."""
-    name, *rest = arguments
+    inner = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    name, rest = " ".join(arguments[:inner]), arguments[inner:]
     if name.startswith("--") or name == "COMMAND":
         return
     given: dict[str, Any] = {} if "--help" in rest else COMMANDS[name].make_context(name, list(rest)).params
@@ -83,10 +84,15 @@ def test_the_examples_of_the_help_exist(name: str) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in pages.PAGES if any(b.language == "toml" for b in pages.blocks(page))])
-def test_the_specifications_of_a_page_are_valid(page: str) -> None:
+def test_the_specifications_of_a_page_are_valid(page: str, tmp_path: Path) -> None:
     for block in pages.blocks(page):
         if block.language == "toml":
-            written = spec.parse(spec.read_table(block.text), where=f"{page}, line {block.line}")
+            table = spec.read_table(block.text)
+            if {"grid", "base"} & table.keys():
+                (path := tmp_path / "study.toml").write_text(block.text)
+                load_study(path)
+                continue
+            written = spec.parse(table, where=f"{page}, line {block.line}")
             attack(str(written.attack["name"]), **{key: v for key, v in written.attack.items() if key != "name"})
             parse(written.defence)
 

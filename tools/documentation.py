@@ -134,13 +134,17 @@ def command_line() -> str:
     from gradleak import cli
 
     group: Any = typer.main.get_command(cli.app)
+    commands = cli.commands()
     context = group.make_context("gradleak", ["list"], resilient_parsing=True)
     lines = ["# Command line", "", f"{group.help}", "", "Written from the program itself: `gradleak --help` says the same.", ""]
     lines += ["| command | what it does |", "| --- | --- |"]
-    lines += [f"| [`{name}`](#{name}) | {command.get_short_help_str(limit=300)} |" for name, command in group.commands.items()]
+    lines += [
+        f"| [`{name}`](#{name.replace(' ', '-')}) | {command.get_short_help_str(limit=300)} |"
+        for name, command in commands.items()
+    ]
     lines += ["", "`python -m gradleak` is `gradleak`. `gradleak --version` prints the version.", ""]
     lines += [*EXIT_CODES, *JSON_OUTPUT, *COMPLETION]
-    for name, command in group.commands.items():
+    for name, command in commands.items():
         within = command.make_context(name, [], parent=context, resilient_parsing=True)
         pieces = " ".join(command.collect_usage_pieces(within))
         lines += ["", f"## {name}", "", "```text", f"gradleak {name} {pieces}", "```", "", *_paragraphs(command.help), ""]
@@ -177,6 +181,9 @@ does what your own model prints.
 | --- | --- |
 | `audit`, `invert`, `evaluate` | the content of [`result.json`](../architecture.md#resultjson), with `folder` and `report` |
 | `audit` with `[matrix]` | that of [`matrix.json`](../architecture.md#matrix-folder-audit-with-matrix), likewise |
+| `study run` | `folder`, how many `cells` were finished, finished before, failed and busy, and why some `failed` |
+| `study status` | `folder`, and `rows`: one for each cell |
+| `study report` | the `files` written, and the number of `rows` |
 | `capture` | `update`, `truth` (paths), `numbers` in the update, `images` |
 | `convert` | `update` (path), `numbers` in it, `images`, and the names of the parameters that were `sent` |
 | `validate`, `check` | what the lines for people say, by name |

@@ -799,6 +799,7 @@ def _study_done(done: list[Done], out: Path, *, as_json: bool) -> Report:
         "failed": [{"study": e.cell.study, "cell": e.cell.key, "label": e.cell.label, "reason": e.reason} for e in failed],
         "partial": interrupted is not None,
         "interrupted": interrupted,
+        "exit_code": 2 if failed else 0,
     }
     if not as_json:
         _echo(f"finished: {counts['finished']}, finished before: {counts['before']}, failed: {counts['failed']}")
@@ -807,12 +808,8 @@ def _study_done(done: list[Done], out: Path, *, as_json: bool) -> Report:
         if counts["busy"]:
             _echo(f"left to other processes that have them: {counts['busy']}")
         _echo(f"rows: {out / 'rows.parquet'}, {out / 'rows.json'}; see `gradleak study report --out {shlex.quote(str(out))}`")
-    if failed and interrupted is None:
-        if as_json:
-            _print_json(found)
-        raise typer.Exit(2)
-    if as_json or interrupted is None:
-        return found if as_json else None
+    if as_json:
+        return found
     sys.exit(_status(found))
 
 
@@ -897,6 +894,16 @@ def _sources(given: list[str] | None) -> dict[str, str]:
     return {name: source for name, _, source in (text.partition("=") for text in given or [])}
 
 
+def commands() -> dict[str, Any]:
+    """Every command by its name as it is typed, ``study run`` among them."""
+    group: Any = typer.main.get_command(app)
+    found: dict[str, Any] = {}
+    for name, command in group.commands.items():
+        below = getattr(command, "commands", None)
+        found |= {name: command} if below is None else {f"{name} {inner}": each for inner, each in below.items()}
+    return found
+
+
 def main() -> NoReturn:
     """Entry point: bad input gives one line on standard error, or with ``--json`` one object, and exit code 2."""
     handler = logging.StreamHandler()
@@ -963,7 +970,7 @@ def _status(found: Any) -> int:
     """The exit code: as a shell reports a process that a signal ended, where one ended the attack early."""
     if isinstance(found, dict) and found.get("partial"):
         return 128 + signal.Signals[found["interrupted"]]
-    return found if isinstance(found, int) else 0
+    return found if isinstance(found, int) else found.get("exit_code", 0) if isinstance(found, dict) else 0
 
 
 def _print_json(found: dict[str, Any]) -> None:

@@ -531,6 +531,7 @@ def describe(
         "warnings": list(reconstruction.warnings),
         "seed": spec.seed,
         "device": str(device),
+        "processes": sharded.count(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "command": command,

@@ -344,8 +344,7 @@ class _Worker:
 
     def end(self) -> None:
         """Let it finish its round and save, if it has a cell."""
-        if self.cell is not None:
-            self.process.terminate()
+        (self.process.kill if self.cell is None else self.process.terminate)()
         self.connection.close()
         self.process.join()
 
@@ -410,7 +409,9 @@ def _side_by_side(queue: list[Cell], out: Path, *, processes: int, progress: boo
                             worker.cell = None
                             continue
                         reason = f"its process died {lost[current.key]} times; was there enough memory?"
-                        message = Done(current, "interrupted", asked) if asked else Done(current, "failed", reason)
+                        message = Done(current, "interrupted" if asked else "failed", reason)
+                    if asked and message.outcome == "interrupted":  # it was told by SIGTERM, whatever told this process
+                        message = Done(current, "interrupted", asked)
                     worker.cell = None
                     done[current.key] = message
                     bars.done(message, len(done))

@@ -33,8 +33,8 @@ def rows(studies: list[StudySpec], out: Path) -> list[Row]:
     """A row for each cell, from the run folders in ``out/cells``; ``state`` is ``missing`` where there is none.
 
     Keys: ``study, size, cell, dataset, image_shape, batch, model, method, label, settings, seed, rounds, seconds, psnr, ssim,
-    fsim, lpips, worst, recognisable, labels, matching_loss, device, threads, versions, commit, command, date, quality,
-    published, state, error``. Metrics are means over the images of the batch, one to one; ``worst`` has the worst image's;
+    fsim, lpips, worst, recognisable, labels, matching_loss, device, processes, threads, versions, commit, command, date,
+    quality, published, state, error``. Metrics are means over the images of the batch, one to one; ``worst`` has the worst image's;
     ``recognisable`` counts images of SSIM .6 or more; ``labels`` is ``granted`` or the accuracy of the recovered ones;
     ``quality`` has SSIM and PSNR of some rounds; ``published`` is what the paper states.
     """
@@ -75,6 +75,7 @@ def row(cell: Cell, folder: Path) -> Row:
         "labels": "granted" if labels.get("rule") == "known" else labels.get("accuracy"),
         "matching_loss": result.get("matching_loss"),
         "device": result.get("device"),
+        "processes": result.get("processes"),
         "threads": result.get("threads"),
         "versions": result.get("versions"),
         "commit": about.get("commit"),
@@ -163,7 +164,14 @@ def write_parquet(path: Path, found: list[Row]) -> None:
         "state",
         "error",
     )
-    numbers = {"batch": pa.int64(), "seed": pa.int64(), "rounds": pa.int64(), "recognisable": pa.int64(), "threads": pa.int64()}
+    numbers = {
+        "batch": pa.int64(),
+        "seed": pa.int64(),
+        "rounds": pa.int64(),
+        "recognisable": pa.int64(),
+        "threads": pa.int64(),
+        "processes": pa.int64(),
+    }
     numbers |= {name: pa.float64() for name in ("seconds", *METRICS, "matching_loss")}
     nested = ("image_shape", "settings", "worst", "labels", "versions", "quality", "published")
     columns = {name: pa.array([each.get(name) for each in found], pa.string()) for name in texts}
