@@ -175,6 +175,17 @@ def test_one_latent_for_each_image() -> None:
     torch.testing.assert_close(model(), x[order], rtol=1e-8, atol=1e-10)
 
 
+def test_latents_can_have_a_seed_of_their_own() -> None:
+    """It changes the latents and leaves theta, whatever torch's random state is."""
+    plain, one, again, other = net(0), net(0, latent_seed=1), net(5, latent_seed=1), net(0, latent_seed=2)
+    assert torch.equal(one.z0, again.z0)
+    assert not torch.equal(one.z0, plain.z0)
+    assert not torch.equal(one.z0, other.z0)
+    for p, q, r in zip(plain.parameters(), one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(p, r)
+
+
 def test_seeds_repeat_and_differ() -> None:
     assert torch.equal(images(seed=1), images(seed=1))
     assert not torch.equal(images(seed=1), images(seed=2))

@@ -145,6 +145,8 @@ def test_json_of_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert str(Path("run", "grid.png")) in purged["removed"]
     trained = run("train-generator", "sample", "--images", "4", "--size", "16", "--rounds", "1", "--width", "4", "--out", "g")
     assert trained["generator"] == "g"
+    trained = run("train-model", "sample", *own, "--images", "4", "--size", "16", "--rounds", "1", "--out", "w")
+    assert trained["weights"] == "w"
     assert set(run("list")) == set(catalogue.KINDS)
     assert run("list", "attacks")["attacks"]["dlg"]["needs"].startswith("the update alone")
     assert run("list", "attacks", "dlg")["settings"][0]["key"] == "attack.rounds"

@@ -51,6 +51,31 @@ def test_start_and_batch_are_a_slice(start: int, batch: int) -> None:
     assert part.names == whole.names[start : start + batch]
 
 
+@pytest.mark.parametrize(("channels", "size"), [(3, None), (1, 8)])
+def test_noise(channels: int, size: int | None) -> None:
+    """Uniform on [0, 1], a function of index and seed alone, every class once in ten images."""
+    spec = DataSpec(source="noise", batch=20, channels=channels, size=size, seed=3)
+    truth = load(spec)
+    check(truth, 20, channels, size or 32)
+    assert abs(float(truth.images.mean()) - 1 / 2) < 0.02
+    assert abs(float(truth.images.var()) - 1 / 12) < 0.01
+    labels = truth.labels.tolist()
+    assert sorted(labels[:10]) == list(range(10))
+    assert labels[:10] == labels[10:]
+    part = load(spec.model_copy(update={"start": 7, "batch": 2}))
+    assert torch.equal(part.images, truth.images[7:9])
+    assert part.labels.tolist() == labels[7:9]
+    other = load(spec.model_copy(update={"seed": 4}))
+    assert not torch.equal(other.images, truth.images)
+    assert other.labels.tolist() != labels
+    assert len(following(spec, 5)) == 5
+
+
+def test_noise_is_bounded() -> None:
+    with pytest.raises(DataError, match="bytes, at most"):
+        load(DataSpec(source="noise", batch=10**9))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Three classes of two images, one colour per image, so that each is known again."""
@@ -236,7 +261,7 @@ def test_unknown_sources(source: str, meant: str) -> None:
 
 
 def test_available_sources() -> None:
-    assert list(available()) == ["sample", "cifar10", "cifar100", "folder:PATH", "npz:PATH"]
+    assert list(available()) == ["sample", "noise", "cifar10", "cifar100", "folder:PATH", "npz:PATH"]
 
 
 def test_first_cifar_images(shared: Path) -> None:

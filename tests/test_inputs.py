@@ -156,6 +156,7 @@ READERS: dict[str, Callable[[Path, Path], list[str | Path]]] = {
     "weights of check": lambda f, h: ["check", *tiny(), *weights(f)],
     "archive of audit": lambda f, h: ["audit", *tiny(data_source=f"npz:{f}"), "--out", h / "out"],
     "archive of train-generator": lambda f, h: ["train-generator", f"npz:{f}", "--out", h / "g.safetensors"],
+    "archive of train-model": lambda f, h: ["train-model", f"npz:{f}", "--rounds", "1", "--out", h / "w.safetensors"],
     "image of audit": lambda f, h: ["audit", *tiny(data_source=f"folder:{h / 'images'}"), "--out", h / "out"],
     "backbone of audit": lambda f, h: ["audit", *tiny(evaluate_lpips=str(f)), "--out", h / "out"],
     "generator of audit": lambda f, h: [

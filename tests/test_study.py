@@ -106,6 +106,16 @@ def test_overrides_change_some_cells_and_skip_others(tmp_path: Path) -> None:
     assert [c.spec.attack["rounds"] for c in cells(loaded(tmp_path, text, overrides=["attack.rounds=2"]))] == [2, 2]
 
 
+def test_seconds_are_for_cells_without_rounds(tmp_path: Path) -> None:
+    text = TINY.replace("rounds = 3", "seconds = 9").replace('"cinet" }', '"cinet", rounds = 5 }').replace("[0, 1]", "[0]")
+    assert [c.seconds for c in cells(loaded(tmp_path, text))] == [None, 9]
+    assert [c.seconds for c in cells(loaded(tmp_path, text, overrides=["attack.rounds=2"]))] == [None, None]
+    text += '[[override]]\nwhere = { "attack.name" = "cinet" }\nseconds = 4\n'
+    found = cells(loaded(tmp_path, text))
+    assert [c.seconds for c in found] == [4, 9]
+    assert found[0].spec.attack["rounds"] == 1000  # the attack's own; those that fit are measured
+
+
 def test_an_axis_of_ones_own_name_changes_several_keys(tmp_path: Path) -> None:
     axis = 'images = [{ label = "two", data = { batch = 2 } }, { label = "noisy", "data.batch" = 3, defence = ["sign"] }]\n'
     text = TINY.replace("[budget]", f"{axis}[budget]")

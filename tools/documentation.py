@@ -189,6 +189,7 @@ does what your own model prints.
 | `validate`, `check` | what the lines for people say, by name |
 | `purge` | `folder`, and the paths that were `removed` and `rewritten` |
 | `train-generator` | `generator` (path), `images`, `rounds`, `parameters` |
+| `train-model` | `weights` (path), `images`, `rounds`, `training_accuracy` |
 | `list` | names and lines by kind; with a name its `settings` |
 
 An error is one object too, with exit code 2: `{"error": {"kind": "SpecError", "message": "..."}}`. `kind` is the class of the

@@ -87,6 +87,7 @@ class CINet(nn.Module):
         output_layer: ``single`` (the paper's), or the last two resolutions' outputs ``blended`` half and half.
         residual: Skip connection around each block (the paper has none).
         convolutions: 3x3 convolutions in a block (the paper has two).
+        latent_seed: Seed of the latents alone; theta is then what it is without one.
 
     Attributes:
         rows: Which images of the batch ``forward()`` makes; all of them at first.
@@ -113,6 +114,7 @@ class CINet(nn.Module):
         output_layer: OutputLayer = "single",
         residual: bool = False,
         convolutions: int = 2,
+        latent_seed: int | None = None,
     ) -> None:
         super().__init__()
         colours, height, width = image_shape
@@ -123,6 +125,8 @@ class CINet(nn.Module):
         stem = (math.ceil(height / 2**doublings), math.ceil(width / 2**doublings))
         widths = block_widths(channels, doublings)
         self.register_buffer("z0", torch.randn(batch, latent, 1, 1))
+        if latent_seed is not None:  # after the draw above, so that theta is the same
+            self.z0.copy_(torch.randn(self.z0.shape, generator=torch.Generator().manual_seed(latent_seed)))
         self.stem = nn.Sequential(
             nn.ConvTranspose2d(latent, channels, stem),
             nn.BatchNorm2d(channels, track_running_stats=False),

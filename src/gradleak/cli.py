@@ -1,4 +1,4 @@
-"""The command line: audit, study, capture, convert, invert, evaluate, purge, check, validate, train-generator, list."""
+"""The command line: audits and studies, an audit in steps, run folders, and what comes before a run."""
 
 from __future__ import annotations
 
@@ -628,6 +628,67 @@ def train_generator(
         parameters = sum(p.numel() for p in trained.parameters())
         return {"generator": str(out), "images": len(public), "rounds": rounds, "parameters": parameters}
     _echo(f"generator: {out}")
+    return None
+
+
+@app.command(
+    "train-model",
+    cls=_Command,
+    rich_help_panel=HELP,
+    epilog=_examples(
+        "train-model cifar10 --start 128 --images 5000 --rounds 2000 --set model.activation=relu --out trained.safetensors",
+        "audit my.toml --set model.activation=relu --weights trained.safetensors --out run",
+    ),
+)
+def train_model(
+    source: Annotated[str, typer.Argument(metavar="DATA", help="Public images: a data source, e.g. folder:pictures")],
+    *,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the weights go (safetensors)")],
+    model: ModelName = None,
+    weights: Weights = None,
+    set_: Set = None,
+    images: Annotated[int, typer.Option(metavar="N", help="How many images to train on")] = 1000,
+    start: Annotated[int, typer.Option(metavar="N", help="Index of the first one: beyond the batch that is attacked")] = 0,
+    size: Annotated[int, typer.Option(metavar="N", help="Pixels, 8 or more")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Training steps")] = 1000,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images in a step")] = 64,
+    optimiser: Annotated[str, typer.Option(metavar="NAME", help="adam, or sgd with momentum 0.9")] = "adam",
+    learning_rate: Annotated[float, typer.Option(metavar="RATE", help="Of the optimiser, constant")] = 1e-3,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the batches; model.seed is that of the first weights")] = 0,
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")] = "auto",
+    force: Force = False,
+    json_: Json = False,
+) -> Report:
+    """Train an attacked model on public images, for `model.weights`; never on those that are attacked."""
+    from gradleak import data, models, run
+    from gradleak.federation import held_out_score
+    from gradleak.spec import override
+    from gradleak.tensors import write_tensors
+    from gradleak.training import OPTIMISERS
+    from gradleak.training import train_model as train
+
+    if optimiser not in OPTIMISERS:
+        raise SpecError(f"--optimiser {optimiser}: expected {' or '.join(OPTIMISERS)}")
+    run.prepare_file(out, force=force)
+    table = {"data": {"source": source, "batch": images, "start": start, "size": size}}
+    spec = override(table, _overrides(set_, model=model, weights=weights))
+    public = data.load(spec.data)
+    channels, height, width = public.images.shape[1:]
+    trained = train(
+        models.build(spec.model, image_shape=(channels, height, width)),
+        public,
+        rounds=rounds,
+        batch=batch,
+        optimiser=optimiser,
+        learning_rate=learning_rate,
+        seed=seed,
+        device=run.choose_device(device),
+    )
+    write_tensors(out, trained.state_dict(), {})
+    accuracy = held_out_score(trained, public).accuracy
+    if json_:
+        return {"weights": str(out), "images": images, "rounds": rounds, "training_accuracy": accuracy}
+    _echo(f"weights: {out} (training accuracy {100 * accuracy:.4g} % in eval mode)")
     return None
 
 

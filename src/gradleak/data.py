@@ -97,6 +97,7 @@ def available() -> dict[str, str]:
     """Source -> what it is, in one line."""
     return {
         "sample": "32 crops of eight photographs inside the scikit-image wheel; no download",
+        "noise": "independent uniform noise in [0, 1], as many images as asked for; 10 classes (data.seed)",
         "cifar10": "CIFAR-10, training images (torchvision; data.root, data.download)",
         "cifar100": "CIFAR-100, training images (torchvision; data.root, data.download)",
         "folder:PATH": "PATH/<class>/<image>: one folder per class, or per class number",
@@ -108,7 +109,8 @@ def load(spec: DataSpec) -> Truth:
     """Images ``start .. start + batch - 1`` of a source, with labels and names. Only these are decoded.
 
     A size other than the stored one means: the largest central part of that shape (a square for one number), resized by
-    Lanczos' antialiased filter. Without a size, ``sample`` gives 32 pixels, ``folder`` 224, the others what is stored.
+    Lanczos' antialiased filter. Without a size, ``sample`` and ``noise`` give 32 pixels, ``folder`` 224, the others what is
+    stored.
 
     Returns:
         Images B x C x H x W, float32 in [0, 1], and labels B, int64; from ``npz`` also targets B x ..., int64 or float32.
@@ -117,7 +119,12 @@ def load(spec: DataSpec) -> Truth:
         DataError: The source is unknown, missing or damaged, or has fewer than ``start + batch`` images.
     """
     kind, colon, path = spec.source.partition(":")
-    sources: dict[str, Callable[[DataSpec], Truth]] = {"sample": _sample, "cifar10": _cifar, "cifar100": _cifar}
+    sources: dict[str, Callable[[DataSpec], Truth]] = {
+        "sample": _sample,
+        "noise": _noise,
+        "cifar10": _cifar,
+        "cifar100": _cifar,
+    }
     readers: dict[str, Callable[[DataSpec, Path], Truth]] = {"folder": _folder, "npz": _npz}
     if kind in sources and not colon:
         return sources[kind](spec)
@@ -170,6 +177,19 @@ def _sample(spec: DataSpec) -> Truth:
         box = (left * unit, top * unit, min((left + side) * unit, photograph.width), min((top + side) * unit, unit))
         images.append(_resize(photograph, box, spec.size or 32))
     return Truth(torch.stack(images), torch.tensor(labels), tuple(Path(files[label]).stem for label in labels))
+
+
+def _noise(spec: DataSpec) -> Truth:
+    """Independent U(0, 1); an image depends on its index and the seed. Every ten in a row have the ten classes once each."""
+    shape = (spec.channels, *_sides(spec.size or 32))
+    wanted = 4 * spec.batch * math.prod(shape)
+    if wanted > MAX_BATCH_BYTES:
+        raise DataError(f"noise: {spec.batch} images of shape {shape} are {wanted} bytes, at most {MAX_BATCH_BYTES}")
+    rows = range(spec.start, spec.start + spec.batch)
+    images = np.stack([np.random.default_rng([spec.seed, row]).random(shape, np.float32) for row in rows])
+    classes = np.random.default_rng(spec.seed).permutation(10)
+    labels = [int(classes[row % 10]) for row in rows]
+    return Truth(torch.from_numpy(images), torch.tensor(labels), tuple(f"noise {row}" for row in rows))
 
 
 def _cifar(spec: DataSpec) -> Truth:

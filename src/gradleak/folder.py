@@ -16,7 +16,7 @@ from gradleak.errors import BusyError, GradleakError, OutputError
 RESULT, RECONSTRUCTION, SPEC, LOG = "result.json", "reconstruction.safetensors", "spec.toml", "log.jsonl"
 REPORT, GRID, MATRIX = "report.html", "grid.png", "matrix.json"
 CHECKPOINT, CONTROL, LOCK = "checkpoint.safetensors", "checkpoint-control.safetensors", ".lock"
-CELL = "cell.json"
+CELL, ROWS, FIGURES = "cell.json", "rows.json", "figures"
 
 #: What a finished run leaves.
 RUN_FILES = (RESULT, RECONSTRUCTION, SPEC, LOG, REPORT, GRID)

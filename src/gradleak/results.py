@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradleak.errors import DataError, GradleakError, OutputError
 from gradleak.files import parse_json, read_text, write_atomically
-from gradleak.folder import LOG, MATRIX, RECONSTRUCTION, REPORT, RESULT, batch_of, lock_folder
+from gradleak.folder import FIGURES, LOG, MATRIX, RECONSTRUCTION, REPORT, RESULT, ROWS, batch_of, lock_folder
 from gradleak.observation import check_labels
 from gradleak.report import MatrixData, ReportData, render_matrix, write_report
 from gradleak.spec import describe
@@ -252,7 +252,7 @@ def read_history(folder: Path) -> list[dict[str, float]]:
 def purge(root: Path) -> list[Path]:
     """Remove the pictures of a run folder, or of all run folders below a folder; rows, logs and specifications stay.
 
-    ``report.html`` is written anew without pictures. Links are not followed. The files are unlinked, not overwritten: what
+    ``report.html`` is written anew without pictures; that of a study is removed. Links are not followed. The files are unlinked, not overwritten: what
     the disk, its snapshots and its backups still hold is beyond a program's reach.
 
     Returns:
@@ -275,6 +275,13 @@ def purge(root: Path) -> list[Path]:
     for folder in [Path(folder) for folder, _, files in os.walk(root) if MATRIX in files]:
         with lock_folder(folder):
             changed += _rewrite_matrix(folder)
+    for folder in [Path(folder) for folder, _, files in os.walk(root) if ROWS in files]:
+        # the report of a study: `gradleak study report` writes it anew from what is left
+        pages = [folder / REPORT, folder / "report.md", *sorted((folder / FIGURES).glob("*-pictures-*.png"))]
+        for path in pages:
+            if os.path.lexists(path):
+                path.unlink()
+                changed.append(path)
     return changed
 
 

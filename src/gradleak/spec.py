@@ -37,17 +37,17 @@ class _Table(BaseModel):
 class DataSpec(_Table):
     """The client's private batch: images ``start .. start + batch - 1`` of a source."""
 
-    source: str = Field(default="sample", description="sample | cifar10 | cifar100 | folder:PATH | npz:PATH")
+    source: str = Field(default="sample", description="sample | noise | cifar10 | cifar100 | folder:PATH | npz:PATH")
     batch: int = Field(default=8, ge=1, description="B, number of images")
     start: int = Field(default=0, ge=0, description="index of the first image")
     size: Pixels | tuple[Pixels, Pixels] | None = Field(
         default=None, description="pixels, or [height, width]; images are centre-cropped to that shape and resized"
     )
-    channels: Literal[1, 3] = Field(default=3, description="folder: 3 for colour, 1 for grey images")
+    channels: Literal[1, 3] = Field(default=3, description="folder, noise: 3 for colour, 1 for grey images")
     order: Literal["path", "shuffled"] = Field(
         default="path", description="folder: in the order of the paths, class after class, or as a client shuffles them"
     )
-    seed: int = Field(default=0, ge=0, lt=2**63, description="folder: of the shuffled order")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="folder: of the shuffled order; noise: of the images")
     root: Path | None = Field(default=None, description="where cifar10/cifar100 lie (default: the user's cache folder)")
     download: bool = Field(default=False, description="allow torchvision to download cifar10/cifar100")
 

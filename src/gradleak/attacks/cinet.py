@@ -41,6 +41,7 @@ class CINetAttack(Attack):
     Attributes:
         channels: c, or the over-parameterisation rule that sets it (:func:`gradleak.cinet.choose_channels`).
         latent: Length of each image's latent.
+        latent_seed: Seed of the latents alone, Fig. 8; None: they are drawn by the attack's seed, as theta is.
         interpolation: How a block doubles the size: ``nearest``, or ``linear`` (bilinear).
         normalisation: Of the 3x3 convolutions: ``spectral``, ``pixel`` or ``none``.
         activation: After each of them.
@@ -61,6 +62,7 @@ class CINetAttack(Attack):
 
     channels: Annotated[int, Field(ge=1, le=4096)] | ChannelRule = Field(default="auto", union_mode="left_to_right")
     latent: int = Field(default=128, ge=1)
+    latent_seed: int | None = Field(default=None, ge=0, lt=2**63)
     interpolation: Interpolation = "nearest"
     normalisation: Normalisation = "none"
     activation: Activation = "silu"
@@ -106,6 +108,7 @@ class CINetAttack(Attack):
             image_shape=problem.image_shape,
             channels=resolve_channels(self.channels, problem, latent=self.latent, convolutions=self.convolutions),
             latent=self.latent,
+            latent_seed=self.latent_seed,
             interpolation=self.interpolation,
             normalisation=self.normalisation,
             activation=self.activation,

@@ -41,7 +41,7 @@ class Override(_Table):
 
     where: dict[str, Any] = Field(default_factory=dict, description="dotted keys of a run, or names of axes, and their values")
     set: dict[str, Any] = Field(default_factory=dict, description="dotted keys of a run and their values")
-    seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="another budget.seconds")
+    seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="another budget.seconds, and no rounds")
     skip: bool = Field(default=False, description="there is no such cell")
 
 
@@ -53,7 +53,7 @@ class Budget(_Table):
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="rounds are then measured before each attack, written down in its cell, and kept for good",
+        description="of every cell that sets no attack.rounds: how many fit is measured first, written down, and kept for good",
     )
 
     @model_validator(mode="after")
@@ -291,7 +291,7 @@ def _cell(study: StudySpec, values: dict[str, Any], seed: int, prepared: Path | 
     label = ", ".join(words) or study.name
     where = f"{where}, cell {label!r}"
     _merge_attack(table, chosen, own)
-    seconds = study.budget.seconds
+    seconds = None
     for override in study.override:
         known = {**flat(table), **settings, "seed": seed}
         if any(known.get(key) != value for key, value in override.where.items()):
@@ -300,7 +300,13 @@ def _cell(study: StudySpec, values: dict[str, Any], seed: int, prepared: Path | 
             return None
         for key, setting in override.set.items():
             set_key(table, key, copy.deepcopy(setting))
+        if "attack.rounds" in override.set:
+            seconds = None
         seconds = override.seconds or seconds
+    if seconds is None and "rounds" not in table["attack"]:
+        seconds = study.budget.seconds
+    elif seconds is not None:
+        table["attack"].pop("rounds", None)
     spec = parse(table, where=where)
     if spec.matrix.given:
         raise SpecError(f"{where}: matrix: a study is a grid itself; make an axis of it")

@@ -13,7 +13,7 @@ from gradleak.checkpoint import Checkpoint
 from gradleak.errors import GradleakError, OutputError
 from gradleak.evaluate import RECOGNISABLE_SSIM
 from gradleak.files import parse_json, read_text, write_atomically
-from gradleak.folder import CHECKPOINT
+from gradleak.folder import CHECKPOINT, ROWS
 from gradleak.results import read_result
 from gradleak.study.runner import CELLS, read_cell, state
 from gradleak.study.spec import Cell, Published, StudySpec, all_cells
@@ -34,7 +34,7 @@ def rows(studies: list[StudySpec], out: Path) -> list[Row]:
 
     Keys: ``study, size, cell, dataset, image_shape, batch, model, method, label, settings, seed, rounds, seconds, psnr, ssim,
     fsim, lpips, worst, recognisable, labels, matching_loss, device, processes, threads, versions, commit, command, date,
-    quality, published, state, error``. Metrics are means over the images of the batch, one to one; ``worst`` has the worst image's;
+    quality, published, state, error``. Metrics are means over the images, one to one; ``worst`` has the worst image's;
     ``recognisable`` counts images of SSIM .6 or more; ``labels`` is ``granted`` or the accuracy of the recovered ones;
     ``quality`` has SSIM and PSNR of some rounds; ``published`` is what the paper states.
     """
@@ -205,7 +205,7 @@ def status_lines(found: list[Row]) -> list[str]:
 def save(studies: list[StudySpec], out: Path) -> list[Row]:
     """Make ``rows.parquet`` and ``rows.json`` of a study's folder anew from its run folders; returns the rows."""
     found = rows(studies, out)
-    everything = merge(read_rows(out / "rows.json"), found)
-    write_rows(out / "rows.json", everything)
+    everything = merge(read_rows(out / ROWS), found)
+    write_rows(out / ROWS, everything)
     write_parquet(out / "rows.parquet", everything)
     return found
