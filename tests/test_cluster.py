@@ -22,7 +22,7 @@ from gradleak.folder import CHECKPOINT, RESULT, lock_folder
 from gradleak.models import build
 from gradleak.spec import ModelSpec
 from gradleak.study import cluster
-from gradleak.study.cluster import Remote, download, run_at, run_on_ray
+from gradleak.study.cluster import Remote, download, run_at, run_on_ray, run_studies_on_ray
 from gradleak.study.runner import state
 from gradleak.study.spec import Cell, Resources, StudySpec, cells
 from gradleak.tensors import write_tensors
@@ -57,6 +57,10 @@ def _one_thread(_threads: None) -> None:
 
 
 def study(seeds: list[int] | None = None, **base: Any) -> list[Cell]:
+    return cells(specified(seeds, **base))
+
+
+def specified(seeds: list[int] | None = None, **base: Any) -> StudySpec:
     table = {
         "data": {"source": "sample", "batch": 2, "size": 16},
         "model": {"name": "lenet", "activation": "sigmoid"},
@@ -66,7 +70,7 @@ def study(seeds: list[int] | None = None, **base: Any) -> list[Cell]:
         "checkpoint_seconds": 0,
         **base,
     }
-    return cells(StudySpec(seeds=seeds or [0], base=table))
+    return StudySpec(seeds=seeds or [0], base=table)
 
 
 def killing(folder: Path, kill: str, after: int) -> dict[str, Any]:
@@ -145,17 +149,17 @@ def test_a_lost_process_and_a_lost_machine_change_no_number(
     assert [each.outcome for each in again] == ["before", "before"]
 
 
-def test_a_lost_process_behind_a_url(ray: Any, tmp_path: Path) -> None:
+def test_a_lost_process_behind_a_url(ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints are behind the URL before the process dies, and its private folder does not outlive the next cell."""
+    monkeypatch.chdir(tmp_path)
     wait = "import time; time.sleep(3 * 2)"  # so that a checkpoint is sent: every two seconds
     own = killing(tmp_path / "own", WORKER, -1)
     (cell,) = study(**own)
     assert run_at(cell, str(tmp_path / "whole")).outcome == "finished"
     (undisturbed,) = calls(tmp_path / "own")
     killing(tmp_path / "own", f"{wait}; {WORKER}", undisturbed * 2 // 3)
-    url = f"file://{tmp_path}/bucket"
-    assert [each.outcome for each in run_on_ray([cell], url, progress=False)] == ["finished"]
-    download(url, tmp_path / "out")
+    url = f"file://{tmp_path}/bucket/out"
+    assert [each.outcome for each in run_studies_on_ray([specified(**own)], url, progress=False)] == ["finished"]
     assert numbers(folder_of(tmp_path / "out", cell)) == numbers(folder_of(tmp_path / "whole", cell))
     before, after = calls(tmp_path / "own")
     assert (before, after < undisturbed) == (undisturbed * 2 // 3, True)
@@ -270,6 +274,8 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     if find_spec("s3fs") is None:
         with pytest.raises(SpecError, match="s3fs"):
             download("s3://bucket/study", tmp_path)
+    with pytest.raises(SpecError, match="--address localhost:1: no Ray cluster answers there"):
+        cluster._connect(None, "localhost:1")
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SpecError, match=r'pip install "gradleak\[ray\]"'):
         run_on_ray(study(), str(tmp_path))

@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -279,7 +280,7 @@ def _drive(ray: Any, cells: list[Cell], out: str, prepared: Path | None, *, retr
                 end += GRACE
             if not asked:
                 most = 2 * int(ray.cluster_resources().get("CPU", 0)) + AHEAD
-                for cell in islice(waiting, most - len(running)):
+                for cell in islice(waiting, max(0, most - len(running))):
                     options = {"max_retries": retries, "retry_exceptions": [Stopped], "name": f"gradleak {cell.label}"}
                     task = work.options(**options, **_options(cell.resources))
                     running[task.remote(cell, out, prepared, os.getcwd(), settings)] = cell
@@ -333,14 +334,20 @@ def _connect(ray: Any, address: str | None) -> None:
     options: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE} if local else {}
     if "://" not in (address or ""):
         options |= {"log_to_driver": False, "logging_level": logging.WARNING}
+    where = address or os.environ.get("RAY_ADDRESS", "")
+    host, _, port = where.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would try for minutes
+        except OSError as fault:
+            raise SpecError(f"--address {where}: no Ray cluster answers there: {fault.strerror or fault}") from None
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ray.init(address="local" if local else address, **options)
     except (RuntimeError, ValueError, OSError, ImportError) as fault:  # ConnectionError is an OSError
-        where = "Ray does not start here" if local else f"no Ray cluster can be used at {address or os.environ['RAY_ADDRESS']}"
-        raise SpecError(f"{where}: {fault}") from None
+        raise SpecError(f"{'Ray does not start here' if local else f'--address {where}: no Ray cluster'}: {fault}") from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # ray.init puts its own there
