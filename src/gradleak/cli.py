@@ -911,6 +911,10 @@ def study_report(
     to: Annotated[
         Path | None, typer.Option("--to", metavar="DIR", help="Where the report goes  [default: --out]", rich_help_panel=OUTPUT)
     ] = None,
+    pictures: Annotated[
+        str,
+        typer.Option(metavar="WHICH", help="all (128 pixels a side at most), thumbnails (64), or none", rich_help_panel=OUTPUT),
+    ] = "all",
     rows: Annotated[
         Path | None,
         typer.Option(
@@ -928,7 +932,7 @@ def study_report(
         merged = store.merge(store.read_rows(rows), [row for row in found if row["state"] == "finished"])
         store.write_rows(rows, merged)
         found = store.merge(found, merged)
-    written = report.write_report(studies, found, to or out, cells=out / "cells")
+    written = report.write_report(studies, found, to or out, cells=out / "cells", pictures=pictures)
     if json_:
         return {"files": [str(path) for path in written], "rows": len(found)}
     for path in written[:2]:
