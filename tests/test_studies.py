@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from gradleak.study.spec import Cell, StudySpec, cells, load_study
+from gradleak.study import store
+from gradleak.study.spec import Cell, StudySpec, cells, load_studies, load_study
 
-STUDIES = Path(__file__).parents[1] / "studies"
+ROOT = Path(__file__).parents[1]
+STUDIES = ROOT / "studies"
 NAMES = sorted(path.stem for path in (STUDIES / "full").glob("*.toml"))
 
 #: (study, method) -> mean and spread of SSIM, FSIM, PSNR, LPIPS, as the paper has them; None: not stated.
@@ -117,3 +120,19 @@ def test_pictures_are_of_runs_that_the_tables_have() -> None:
     for figure, table in {"figure-6": "table-1", "figure-10": "table-1", "figure-11": "table-2"}.items():
         for size in ("small", "full"):
             assert {cell.key for cell in cells(load(size, figure))} <= {cell.key for cell in cells(load(size, table))}
+
+
+def test_the_page_says_what_the_rows_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import reproduction
+
+    shutil.copytree(ROOT / "docs" / "reproduction" / "figures", tmp_path / "figures")
+    assert reproduction.page(tmp_path) == reproduction.PAGE.read_text(encoding="utf-8"), "run tools/reproduction.py"
+
+
+def test_committed_rows_are_of_cells_that_the_studies_have() -> None:
+    rows = store.read_rows(STUDIES / "results" / "rows.json")
+    everything = load_studies([STUDIES / "small", STUDIES / "full"])
+    current = {(c.study, c.size, c.key) for study in everything for c in cells(study)}
+    assert {(row["study"], row["size"], row["cell"]) for row in rows} <= current
+    assert all(row["state"] == "finished" and row["commit"] and row["ssim"] is not None for row in rows)

@@ -38,7 +38,7 @@ from gradleak.checkpoint import COST
 from gradleak.errors import BusyError, GradleakError, OutputError, SpecError
 from gradleak.files import parse_json
 from gradleak.folder import RESULT
-from gradleak.study.runner import CELLS, PREPARED_FILES, Done, _bars, pending, run_cell, state
+from gradleak.study.runner import CELLS, PREPARED_FILES, Done, bars_of, pending, run_cell, state
 from gradleak.study.spec import Cell, Resources, StudySpec
 
 #: How often a cell whose machine or process was lost is begun again from its checkpoint.
@@ -268,7 +268,7 @@ def _drive(ray: Any, cells: list[Cell], out: str, prepared: Path | None, *, retr
     done = {} if is_url(out) else _finished(cells, Path(out))
     waiting, running = (cell for cell in cells if cell.key not in done), dict[Any, Cell]()
     asked, end = "", 0.0
-    with _bars(len(cells), len(done), 0, show=progress) as bars, run.stopping() as stop:
+    with bars_of(len(cells), len(done), 0, show=progress) as bars, run.stopping() as stop:
         while True:
             if stop() and not asked:
                 asked, end = stop(), time.monotonic() + GRACE

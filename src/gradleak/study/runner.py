@@ -7,7 +7,6 @@ import json
 import logging
 import multiprocessing
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -174,7 +173,9 @@ def read_cell(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def run_cell(cell: Cell, folder: Path, *, progress: bool = True, watch: Watcher | None = None) -> dict[str, Any]:
+def run_cell(
+    cell: Cell, folder: Path, *, progress: bool = True, watch: Watcher | None = None, patience: float | None = None
+) -> dict[str, Any]:
     """:func:`gradleak.run.audit` of one cell, which goes on with what is there.
 
     A cell with a budget of seconds times some rounds first. How many fit is written into ``cell.json`` and holds for good, so
@@ -185,15 +186,16 @@ def run_cell(cell: Cell, folder: Path, *, progress: bool = True, watch: Watcher 
         folder: Its run folder.
         progress: Show the rounds on standard error.
         watch: As for :func:`gradleak.invert.invert`; not called where several processes share the cell.
+        patience: Seconds to wait for a folder that another process has; None: :data:`PATIENCE`.
 
     Returns:
         The content of ``result.json``; ``partial`` is true in it when a signal ended it early.
 
     Raises:
         GradleakError: The cell cannot be run; the reason is in ``cell.json`` too.
-        BusyError: Another process has it, and does not give it back within half a minute.
+        BusyError: Another process has it, and does not give it back in that time.
     """
-    _wait_for(folder)
+    _wait_for(folder, PATIENCE if patience is None else patience)
     about = read_cell(folder)
     about = {"format": "gradleak-cell", "version": 1, "key": cell.key, "seconds": cell.seconds, **about}
     about |= {"commit": about.get("commit") or commit(), "error": None}
@@ -206,7 +208,7 @@ def run_cell(cell: Cell, folder: Path, *, progress: bool = True, watch: Watcher 
         write_atomically(folder / CELL, json.dumps(about) + "\n")
         if cell.resources.processes > 1:
             return _shared(spec, folder, cell.resources)
-        command = shlex.join(["gradleak", "audit", str(folder / SPEC), "--out", "run"])
+        command = f"gradleak audit {CELLS}/{cell.key}/{SPEC} --out run"
         return run.audit(spec, folder, resume=True, progress=progress, command=command, watch=watch)
     except OutputError:  # the disk is full, or another process has it: no fault of the cell
         raise
@@ -247,9 +249,9 @@ def commit() -> str | None:
     return f"{head}{'+' if changed else ''}" if head else None
 
 
-def _wait_for(folder: Path) -> None:
+def _wait_for(folder: Path, patience: float) -> None:
     """Until nobody holds the folder's lock, for a while: a killed process needs to the end of its round to notice."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + patience
     while folder.is_dir():
         try:
             with lock_folder(folder):
@@ -285,19 +287,23 @@ def _shared(spec: RunSpec, folder: Path, resources: Resources) -> dict[str, Any]
 
 
 def _one_by_one(queue: list[Cell], out: Path, *, progress: bool) -> list[Done]:
-    done: list[Done] = []
-    for number, cell in enumerate(queue, 1):
-        folder = out / CELLS / cell.key
-        before = state(folder) == "finished"
-        if progress:
-            note = " (finished before)" if before else ""
-            print(f"cell {number} of {len(queue)}: {named(cell)}{note}", file=sys.stderr, flush=True)
-        done.append(Done(cell, "before") if before else _outcome(cell, folder, progress=progress))
-        if done[-1].outcome == "failed" and progress:
-            print(f"failed: {done[-1].reason}", file=sys.stderr, flush=True)
-        if done[-1].outcome == "interrupted":
-            break
-    return done
+    done: dict[str, Done] = {}
+    for patience in (0.0, PATIENCE):  # what another process has is looked at again in the end
+        for number, cell in enumerate(queue, 1):
+            if cell.key in done and done[cell.key].outcome != "busy":
+                continue
+            folder = out / CELLS / cell.key
+            before = state(folder) == "finished"
+            if progress:
+                note = " (finished before)" if before else ""
+                print(f"cell {number} of {len(queue)}: {named(cell)}{note}", file=sys.stderr, flush=True)
+            became = Done(cell, "before") if before else _outcome(cell, folder, patience=patience, progress=progress)
+            done[cell.key] = became
+            if became.outcome == "failed" and progress:
+                print(f"failed: {became.reason}", file=sys.stderr, flush=True)
+            if became.outcome == "interrupted":
+                return list(done.values())
+    return list(done.values())
 
 
 def named(cell: Cell) -> str:
@@ -305,9 +311,9 @@ def named(cell: Cell) -> str:
     return f"{cell.study}, {cell.label}, seed {cell.seed}"
 
 
-def _outcome(cell: Cell, folder: Path, *, progress: bool = False, watch: Watcher | None = None) -> Done:
+def _outcome(cell: Cell, folder: Path, *, patience: float, progress: bool = False, watch: Watcher | None = None) -> Done:
     try:
-        result = run_cell(cell, folder, progress=progress, watch=watch)
+        result = run_cell(cell, folder, progress=progress, watch=watch, patience=patience)
     except BusyError as fault:
         return Done(cell, "busy", str(fault))
     except OutputError:
@@ -328,10 +334,10 @@ class _Worker:
         theirs.close()
         self.cell: Cell | None = None
 
-    def begin(self, cell: Cell, folder: Path) -> None:
+    def begin(self, cell: Cell, folder: Path, patience: float) -> None:
         self.cell = cell
         with contextlib.suppress(OSError):  # it died: receive() tells
-            self.connection.send((cell, folder))
+            self.connection.send((cell, folder, patience))
 
     def receive(self) -> tuple[int, int] | Done | OutputError | None:
         """Rounds done and to do; what became of its cell; None if the process has died."""
@@ -364,9 +370,9 @@ def _work(there: connection.Connection) -> None:
 
     with contextlib.suppress(EOFError, OSError):
         while True:
-            cell, folder = there.recv()
+            cell, folder, patience = there.recv()
             try:
-                there.send(_outcome(cell, folder, watch=watch))
+                there.send(_outcome(cell, folder, patience=patience, watch=watch))
             except OutputError as fault:
                 there.send(fault)
 
@@ -375,10 +381,11 @@ def _side_by_side(queue: list[Cell], out: Path, *, processes: int, progress: boo
     done = {cell.key: Done(cell, "before") for cell in queue if state(out / CELLS / cell.key) == "finished"}
     left = deque(cell for cell in queue if cell.key not in done)
     lost: Counter[str] = Counter()
+    again: set[str] = set()  # another process had them: they are looked at again in the end
     workers = [_Worker() for _ in range(min(processes, len(left)))]
     asked = ""
     try:
-        with _bars(len(queue), len(done), len(workers), show=progress) as bars, run.stopping() as stop:
+        with bars_of(len(queue), len(done), len(workers), show=progress) as bars, run.stopping() as stop:
             while True:
                 if stop() and not asked:
                     asked = stop()
@@ -387,7 +394,7 @@ def _side_by_side(queue: list[Cell], out: Path, *, processes: int, progress: boo
                 for worker in workers:
                     if worker.cell is None and left and not asked:
                         cell = left.popleft()
-                        worker.begin(cell, out / CELLS / cell.key)
+                        worker.begin(cell, out / CELLS / cell.key, PATIENCE if cell.key in again else 0.0)
                 busy = {worker.connection: place for place, worker in enumerate(workers) if worker.cell is not None}
                 if not busy:
                     break
@@ -413,6 +420,10 @@ def _side_by_side(queue: list[Cell], out: Path, *, processes: int, progress: boo
                     if asked and message.outcome == "interrupted":  # it was told by SIGTERM, whatever told this process
                         message = Done(current, "interrupted", asked)
                     worker.cell = None
+                    if message.outcome == "busy" and current.key not in again:
+                        again.add(current.key)
+                        left.append(current)
+                        continue
                     done[current.key] = message
                     bars.done(message, len(done))
     except KeyboardInterrupt:
@@ -426,7 +437,7 @@ def _side_by_side(queue: list[Cell], out: Path, *, processes: int, progress: boo
 
 
 @dataclass
-class _Bars:
+class Bars:
     """A bar for the cells and one for each process on a terminal; elsewhere a line for each cell."""
 
     cells: tqdm[Any] | None
@@ -451,11 +462,11 @@ class _Bars:
 
 
 @contextlib.contextmanager
-def _bars(total: int, before: int, workers: int, *, show: bool) -> Iterator[_Bars]:
+def bars_of(total: int, before: int, workers: int, *, show: bool) -> Iterator[Bars]:
     if not (show and sys.stderr.isatty()):
-        yield _Bars(None, [], total, show)
+        yield Bars(None, [], total, show)
         return
     with contextlib.ExitStack() as stack:
         cells = stack.enter_context(tqdm(total=total, initial=before, desc="cells", unit="cell", position=0))
         each = [stack.enter_context(tqdm(unit="round", position=k + 1, leave=False)) for k in range(workers)]
-        yield _Bars(cells, each, total, show)
+        yield Bars(cells, each, total, show)
