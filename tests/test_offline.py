@@ -131,7 +131,9 @@ def test_there_is_no_other_door() -> None:
         for node in ast.walk(ast.parse(source)):
             imported = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not clients & set(imported), file
+            # whether a cluster that a person named answers at all; nothing is fetched
+            may = {"socket"} if file.name == "cluster.py" else set()
+            assert not clients & set(imported) - may, file
             if isinstance(node, ast.keyword) and node.arg == "download" and getattr(node.value, "value", None) is not False:
                 assert "announce(" in source, file
             if isinstance(node, ast.Attribute) and node.attr in ("get_state_dict", "load_state_dict_from_url", "download_url"):

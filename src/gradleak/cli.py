@@ -824,22 +824,25 @@ def study_run(
     Finished cells are kept, also when the study is edited or another one has the same cell. A cell that cannot be run is
     reported, and the others go on; the exit code is then 2.
     """
-    from gradleak.study import runner, store
+    from gradleak.study import cluster, runner, store
     from gradleak.study.spec import load_studies
 
     _only_one(force=force, resume=resume)
     studies = load_studies(specs, sources=_sources(source), overrides=set_)
-    if engine == "ray":
-        raise SpecError("--engine ray: is not there yet")
-    if engine != "local":
+    if engine not in ("local", "ray"):
         raise SpecError(f"--engine {engine}: expected local or ray")
-    if address is not None:
+    if engine == "local" and address is not None:
         raise SpecError("--address: is of --engine ray")
-    if "://" in out:
+    if engine == "local" and "://" in out:
         raise SpecError(f"--out {out}: a URL is for --engine ray; the local engine takes a folder")
-    folder = Path(out)
+    if engine == "ray" and processes is not None:
+        raise SpecError("--processes: is of --engine local; Ray places cells by [resources] of the study")
+    folder = cluster.folder_here(out)
     try:
-        done = runner.run_studies(studies, folder, processes=processes, resume=resume, force=force, progress=not quiet)
+        if engine == "ray":
+            done = cluster.run_studies_on_ray(studies, out, address=address, resume=resume, force=force, progress=not quiet)
+        else:
+            done = runner.run_studies(studies, folder, processes=processes, resume=resume, force=force, progress=not quiet)
     finally:
         if (folder / runner.CELLS).is_dir():
             store.save(studies, folder)
@@ -908,6 +911,10 @@ def study_report(
     to: Annotated[
         Path | None, typer.Option("--to", metavar="DIR", help="Where the report goes  [default: --out]", rich_help_panel=OUTPUT)
     ] = None,
+    pictures: Annotated[
+        str,
+        typer.Option(metavar="WHICH", help="all (128 pixels a side at most), thumbnails (64), or none", rich_help_panel=OUTPUT),
+    ] = "all",
     rows: Annotated[
         Path | None,
         typer.Option(
@@ -925,7 +932,7 @@ def study_report(
         merged = store.merge(store.read_rows(rows), [row for row in found if row["state"] == "finished"])
         store.write_rows(rows, merged)
         found = store.merge(found, merged)
-    written = report.write_report(studies, found, to or out, cells=out / "cells")
+    written = report.write_report(studies, found, to or out, cells=out / "cells", pictures=pictures)
     if json_:
         return {"files": [str(path) for path in written], "rows": len(found)}
     for path in written[:2]:

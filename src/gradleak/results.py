@@ -252,8 +252,8 @@ def read_history(folder: Path) -> list[dict[str, float]]:
 def purge(root: Path) -> list[Path]:
     """Remove the pictures of a run folder, or of all run folders below a folder; rows, logs and specifications stay.
 
-    ``report.html`` is written anew without pictures; that of a study is removed. Links are not followed. The files are unlinked, not overwritten: what
-    the disk, its snapshots and its backups still hold is beyond a program's reach.
+    ``report.html`` is written anew without pictures; that of a study is removed. Links are not followed. The files are
+    unlinked, not overwritten: what the disk, its snapshots and its backups still hold is beyond a program's reach.
 
     Returns:
         What was removed or rewritten.

@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -23,6 +24,8 @@ from gradleak.files import write_atomically
 
 MAX_POINTS = 600
 MAX_GRID_WIDTH = 1600
+#: Bytes of a comparison up to which it is kept without loss.
+MAX_LOSSLESS = 400_000
 
 # Drawn with these, then replaced by the page's own variables, so that a curve changes with the page's colour scheme.
 _PAGE_COLOURS = {
@@ -35,6 +38,8 @@ _INK, _LINE, _ACCENT, _MUTED = _PAGE_COLOURS
 #: Signs of :class:`Line` for the text of a page, and the same as matplotlib calls them.
 MARKERS = "●■◆▲▼✚✖★"
 _SHAPES = "osD^vPX*"
+_BOX = "#d6281f"
+_SERIES = ("#1560a8", "#b3450f", "#2d7a3a", "#7a3f9d", "#8a6600", "#a8255e", "#1f737c", "#5c6168")
 
 
 def picture(image: Tensor, *, longest: int | None = None) -> Image.Image:
@@ -118,35 +123,52 @@ def grid_png(path: Path, truth: Tensor | None, reconstruction: Tensor, *, captio
     write_atomically(path, [buffer.getvalue()])
 
 
-def comparison_png(path: Path, rows: Mapping[str, Tensor], *, pixels: int = 48) -> None:
+def comparison_png(
+    path: Path, rows: Mapping[str, Tensor], *, pixels: int = 48, columns: int | None = None, boxed: int = 0
+) -> None:
     """A PNG of named rows of images, for example the truth above what several attacks made of it.
+
+    Above 400 kB it has 256 colours, which makes it a third as large.
 
     Args:
         path: Where to write; replaced atomically.
         rows: Name (lines separated by ``\\n``) -> N x C x H x W in [0, 1]; rows may differ in N.
-        pixels: Width and height of each image in the picture: the nearest whole multiple of its own size up to it.
+        pixels: Width and height of each image in the picture: the nearest whole multiple of its own size up to it; larger
+            images are shrunk to it.
+        columns: Images side by side; the rows break into as many bands as they need. None: all.
+        boxed: So many images, the first, have a box around them, unless these are all.
 
     Raises:
         OutputError: The file cannot be written.
     """
     gap, margin, font = 3, 8, _font(12)
     largest = max(max(images.shape[2:]) for images in rows.values())
-    cell = largest * max(1, pixels // largest)
+    cell = largest * (pixels // largest) or pixels
     left = margin + max(math.ceil(font.getlength(line)) for name in rows for line in name.split("\n")) + 8
-    columns = max(len(images) for images in rows.values())
-    size = (left + columns * (cell + gap) - gap + margin, 2 * margin + len(rows) * (cell + gap) - gap)
+    count = max(len(images) for images in rows.values())
+    columns = min(columns or count, count)
+    band = len(rows) * (cell + gap) + 9
+    size = (left + columns * (cell + gap) - gap + margin, 2 * margin + math.ceil(count / columns) * band - 9 - gap)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
+    for top in range(math.ceil(count / columns)):
+        if boxed < count and (inside := min(columns, boxed - top * columns)) > 0:
+            x, y = left + inside * (cell + gap) - gap, margin + top * band
+            draw.rectangle((left - 3, y - 3, x + 2, y + len(rows) * (cell + gap) - gap + 2), outline=_BOX, width=2)
     for j, (name, images) in enumerate(rows.items()):
-        y = margin + j * (cell + gap)
-        draw.multiline_text((margin, y + cell // 2), name, fill="#222222", font=font, anchor="lm", spacing=2)
         for i, image in enumerate(images):
-            shown = picture(image)
+            x, y = left + i % columns * (cell + gap), margin + i // columns * band + j * (cell + gap)
+            if i % columns == 0:
+                draw.multiline_text((margin, y + cell // 2), name, fill="#222222", font=font, anchor="lm", spacing=2)
+            shown = picture(image, longest=cell)
             factor = max(1, cell // max(shown.size))
             shown = shown.resize((shown.width * factor, shown.height * factor), Image.Resampling.NEAREST)
-            canvas.paste(shown, (left + i * (cell + gap), y))
+            canvas.paste(shown, (x, y))
     buffer = io.BytesIO()
     canvas.save(buffer, format="PNG", optimize=True)
+    if buffer.tell() > MAX_LOSSLESS:
+        buffer = io.BytesIO()
+        canvas.quantize(256).save(buffer, format="PNG", optimize=True)
     write_atomically(path, [buffer.getvalue()])
 
 
@@ -234,17 +256,18 @@ def lines_svg(lines: Sequence[Line], *, label: str, right: str, top: float = 1.0
     return svg
 
 
-def _style(label: str) -> Any:
-    """Matplotlib's settings for a curve in the page's own colours."""
+def _style(label: str, *, muted: str = _MUTED, line: str = _LINE) -> Any:
+    """Matplotlib's settings for a curve, by default in the page's own colours."""
     return {
         "svg.fonttype": "none",
         "svg.hashsalt": label,
         "font.size": 9,
-        "axes.edgecolor": _MUTED,
-        "axes.labelcolor": _MUTED,
-        "xtick.color": _MUTED,
-        "ytick.color": _MUTED,
-        "grid.color": _LINE,
+        "text.parse_math": False,
+        "axes.edgecolor": muted,
+        "axes.labelcolor": muted,
+        "xtick.color": muted,
+        "ytick.color": muted,
+        "grid.color": line,
     }
 
 
@@ -299,6 +322,75 @@ def leak_against_cost_svg(
         axes.grid(True, linewidth=0.5, color="#dddddd")
         axes.set_axisbelow(True)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
+    write_atomically(path, buffer.getvalue())
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve of means: points (position, mean, spread), the spread NaN where there is none, and published (position, mean)."""
+
+    name: str
+    points: Sequence[tuple[float, float, float]]
+    published: Sequence[tuple[float, float]] = ()
+
+
+def panels_svg(path: Path, panels: Mapping[str, Sequence[Series]], *, below: str, ticks: Sequence[str] = ()) -> None:
+    """Curves of the same name in several panels side by side, with spreads; published values are hollow markers.
+
+    The horizontal axis is logarithmic where it has at most 8 positions, all positive, and they span a factor of 8.
+
+    Args:
+        path: An SVG file; replaced atomically. It is the same for the same numbers.
+        panels: Label of the vertical axis -> curves. An axis whose values stay below 1 ends at 1; all begin at 0 or below.
+        below: Label of the horizontal axis.
+        ticks: Names of the positions 0, 1, 2 ...; empty: they are numbers.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    names = list(dict.fromkeys(series.name for curves in panels.values() for series in curves))
+    positions = sorted({p[0] for curves in panels.values() for s in curves for p in (*s.points, *s.published)})
+    few = bool(ticks) or len(positions) <= 8  # then each has a tick and error bars
+    columns = max(1, min(len(names) + 1, 120 // (max(map(len, names)) + 8)))
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the user's own style must not change the figure
+        matplotlib.rcParams.update(_style(path.name, muted="#5c6168", line="#e2e1dc"))
+        height = 2.75 + 0.2 * math.ceil((len(names) + 1) / columns)
+        figure = Figure(figsize=(3.9 * len(panels), height), layout="constrained")
+        handles: dict[str, Any] = {}
+        for axes, (label, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+            for series in curves:
+                k = names.index(series.name)
+                colour, shape = _SERIES[k % len(_SERIES)], _SHAPES[(k + k // len(_SERIES)) % len(_SHAPES)]
+                style: Any = {"color": colour, "marker": shape, "clip_on": False, "zorder": 3}
+                if series.published:
+                    x, y = zip(*series.published, strict=True)
+                    hollow = {"linestyle": "", "markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.1}
+                    axes.plot(x, y, **style, **hollow)
+                if not series.points:
+                    continue
+                at, mean, spread = np.nan_to_num(np.asarray(series.points)).T
+                (handles[series.name],) = axes.plot(at, mean, **style, linewidth=1.5, markersize=4)
+                if spread.any():
+                    axes.fill_between(at, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+                if spread.any() and few:
+                    axes.errorbar(at, mean, yerr=spread, fmt="none", ecolor=colour, elinewidth=0.8, capsize=2, zorder=2)
+            values = [p[1] for s in curves for p in (*s.points, *s.published)]
+            _plain(axes, log=False, bounds=(min(0.0, *values, 0.0), 1.0 if max(values) <= 1 else 1.08 * max(values)))
+            axes.set_ylabel(label)
+            axes.set_xlabel(below)
+            if few and not ticks and positions[0] > 0 and positions[-1] >= 8 * positions[0]:
+                axes.set_xscale("log")
+                axes.xaxis.set_minor_locator(NullLocator())
+            if few:
+                axes.set_xticks(positions, [ticks[int(x)] if ticks else f"{x:,g}" for x in positions])
+        if any(series.published for curves in panels.values() for series in curves):
+            handles["published"] = Line2D(
+                [], [], linestyle="", marker="o", markersize=8, color="#5c6168", markerfacecolor="none"
+            )
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
     write_atomically(path, buffer.getvalue())

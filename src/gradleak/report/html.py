@@ -205,7 +205,7 @@ def repeat_lines(result: dict[str, Any]) -> list[str]:
         ", ".join(f"{name} {value}" for name, value in each.items() if value is not None)
         for each in (where, result.get("versions") or {})
     ]
-    return [_one_line(str(result["command"]), most=4000), *(f"# {_one_line(line)}" for line in lines if line)]
+    return [one_line(str(result["command"]), most=4000), *(f"# {one_line(line)}" for line in lines if line)]
 
 
 def write_report(folder: Path, data: ReportData) -> None:
@@ -246,7 +246,7 @@ def _best_first(data: ReportData) -> list[_Picture]:
         elif data.truth is None:
             pictures.append(_Picture(i, f"image {i}", None, None, data.images[j], values))
         else:
-            name = _one_line(data.truth.names[i]) if i < len(data.truth.names) else f"image {i}"
+            name = one_line(data.truth.names[i]) if i < len(data.truth.names) else f"image {i}"
             label = int(data.truth.labels[i]) if are_classes(data.truth.labels) else None
             pictures.append(_Picture(i, name, label, data.truth.images[i], data.images[j], values))
     if measured := _measured(pictures):
@@ -281,7 +281,7 @@ def _tiles(data: ReportData, measured: list[_Metric]) -> list[dict[str, str]]:
     if cost.get("rounds") is not None:
         tiles.append({"name": "rounds", "value": f"{cost['rounds']:,}", "note": "of optimisation"})
     if cost.get("seconds") is not None:
-        tiles.append({"name": "time", "value": _duration(cost["seconds"]), "note": str(result.get("device") or "")})
+        tiles.append({"name": "time", "value": duration(cost["seconds"]), "note": str(result.get("device") or "")})
     return tiles
 
 
@@ -372,7 +372,7 @@ def _run(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("labels right", _share(labels.get("accuracy"))),
         ("classes found", _share(labels.get("classes_found"))),
         ("counts of classes exact", _share(labels.get("counts_exact"))),
-        ("time per round", None if cost.get("seconds_per_round") is None else _duration(cost["seconds_per_round"])),
+        ("time per round", None if cost.get("seconds_per_round") is None else duration(cost["seconds_per_round"])),
         ("peak memory", None if cost.get("peak_memory_mb") is None else f"{cost['peak_memory_mb']:,.0f} MB"),
     )
     return [(name, str(value)) for name, value in rows if value is not None]
@@ -404,7 +404,7 @@ def _known(value: Any) -> float | None:
     return None if value is None or math.isnan(value) else float(value)
 
 
-def _one_line(text: str, *, most: int = 400) -> str:
+def one_line(text: str, *, most: int = 400) -> str:
     """Printable, without line breaks, and without the lone surrogates of file names that are not UTF-8."""
     return " ".join(printable(text.encode("utf-8", "replace").decode(), most=most).split())
 
@@ -422,7 +422,8 @@ def _plain(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds for people: ``12.3 s``, ``4.5 min``."""
     if seconds < 1:
         return f"{1000 * seconds:.3g} ms"
     if seconds < 120:
@@ -458,7 +459,7 @@ def environment() -> Environment:
         "plain": _plain,
         "small": _small,
         "share": _percent,
-        "duration": _duration,
+        "duration": duration,
         "uri": _uri,
     }
     script = here.joinpath("script.js").read_text("utf-8")
