@@ -141,8 +141,9 @@ def test_where_images_lie_is_not_in_a_key(tmp_path: Path) -> None:
     assert keys(here) == keys(there)
     assert cells(here)[0].spec.data.source == f"folder:{tmp_path / 'a'}"
     assert cells(here)[0].dataset == "pictures"
-    with pytest.raises(SpecError, match=r"'pictures' is no data source.*--source pictures="):
-        runner.run_studies([loaded(tmp_path, text)], tmp_path / "out", processes=1, progress=False)
+    done = runner.run_studies([loaded(tmp_path, text)], tmp_path / "out", processes=1, progress=False)
+    assert {each.outcome for each in done} == {"failed"}
+    assert "'pictures' is no data source by itself; say where the images are with --source pictures=" in done[0].reason
 
 
 def test_a_study_survives_being_written_and_read(tmp_path: Path) -> None:

@@ -864,8 +864,10 @@ def _study_done(done: list[Done], out: Path, *, as_json: bool) -> Report:
     }
     if not as_json:
         _echo(f"finished: {counts['finished']}, finished before: {counts['before']}, failed: {counts['failed']}")
-        for each in failed:
-            _echo(f"failed: {each.cell.study}, {each.cell.label}: {each.reason}", err=True)
+        for reason in dict.fromkeys(each.reason for each in failed):
+            same = [each.cell for each in failed if each.reason == reason]
+            more = f" and {len(same) - 1} more" if len(same) > 1 else ""
+            _echo(f"failed: {same[0].study}, {same[0].label}{more}: {reason}", err=True)
         if counts["busy"]:
             _echo(f"left to other processes that have them: {counts['busy']}")
         _echo(f"rows: {out / 'rows.parquet'}, {out / 'rows.json'}; see `gradleak study report --out {shlex.quote(str(out))}`")

@@ -91,7 +91,6 @@ def run_studies(
         What became of each different cell, in the order of the studies; up to an interruption.
 
     Raises:
-        SpecError: A data source is not known.
         OutputError: The folder cannot be used, or has unfinished cells and neither ``resume`` nor ``force`` was asked for.
     """
     queue = pending(studies, out, resume=resume, force=force)
@@ -111,9 +110,6 @@ def _room(queue: list[Cell]) -> int:
 
 def pending(studies: list[StudySpec], out: Path, *, resume: bool, force: bool) -> list[Cell]:
     """The different cells of some studies, checked and with their trained files in place (:func:`run_studies`)."""
-    for study in studies:
-        for cell in all_cells([study]):
-            _check_source(study, cell)
     unfinished = [cell for cell in unique(studies, out) if state(out / CELLS / cell.key) == "partial"]
     if unfinished and not (resume or force):
         names = ", ".join(f"{cell.study}: {cell.label}" for cell in unfinished[:3])
@@ -141,13 +137,13 @@ def unique(studies: list[StudySpec], out: Path) -> list[Cell]:
     return list({cell.key: cell for cell in reversed(list(all_cells(studies, prepared=out / PREPARED_FILES)))}.values())[::-1]
 
 
-def _check_source(study: StudySpec, cell: Cell) -> None:
+def _check_source(cell: Cell) -> None:
     source = cell.spec.data.source
     kinds = {name.partition(":")[0] for name in data.available()}
     if ":" not in source and source not in kinds:
         raise SpecError(
-            f"{study.name}: {source!r} is no data source of its own; say where it is with --source {source}=folder:PATH, or "
-            f"npz:PATH, or under [sources] of the study"
+            f"{source!r} is no data source by itself; say where the images are with --source {source}=folder:PATH or npz:PATH, "
+            "or under [sources] of the study"
         )
 
 
@@ -201,6 +197,7 @@ def run_cell(
     about |= {"commit": about.get("commit") or commit(), "error": None}
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_source(cell)
         spec = cell.spec
         if cell.seconds is not None:
             about["rounds"] = about.get("rounds") or rounds_within(spec, cell.seconds)
