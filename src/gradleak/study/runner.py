@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -194,7 +195,8 @@ def run_cell(
     _wait_for(folder, PATIENCE if patience is None else patience)
     about = read_cell(folder)
     about = {"format": "gradleak-cell", "version": 1, "key": cell.key, "seconds": cell.seconds, **about}
-    about |= {"commit": about.get("commit") or commit(), "error": None}
+    begun = state(folder) == "partial"
+    about |= {"commit": about.get("commit") if begun else commit(), "error": None}
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_source(cell)
@@ -265,21 +267,22 @@ def _shared(spec: RunSpec, folder: Path, resources: Resources) -> dict[str, Any]
     write_atomically(folder / SPEC, dump(run.resolve(spec, attack(str(spec.attack["name"]), **settings))))
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(resources.processes)]
     program += ["-m", "gradleak", "audit", "--out", str(folder), "--resume", "--quiet"]
-    with run.stopping() as stop, subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as own:
-        told = False
-        while own.poll() is None:
-            if stop() and not told:
-                own.send_signal(signal.SIGTERM)
-                told = True
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                own.wait(0.2)
-        assert own.stderr is not None
-        text = own.stderr.read()
-    if (folder / RESULT).is_file():
-        return read_result(folder)
+    with tempfile.TemporaryFile("w+") as said, run.stopping() as stop:
+        with subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=said) as own:
+            told = False
+            while own.poll() is None:
+                if stop() and not told:
+                    own.send_signal(signal.SIGTERM)
+                    told = True
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    own.wait(0.2)
+        said.seek(0)
+        text = said.read()
     faults = [line for line in text.splitlines() if line.startswith("gradleak: error: ")]
     if faults:
         raise GradleakError(faults[0].removeprefix("gradleak: error: "))
+    if (folder / RESULT).is_file():
+        return read_result(folder)
     raise RuntimeError(f"torchrun ended with code {own.returncode}:\n{text[-2000:]}")
 
 
