@@ -34,7 +34,11 @@ def page(figures: Path, *, run_folders: Path | None = None) -> str:
     current = {(c.study, c.size, c.key) for study in studies for c in cells(study)}
     rows = [row for row in rows if (row["study"], row["size"], row["cell"]) in current]
     rows += [store.row(cell, nowhere) for cell in missing]
-    write_report(studies, rows, figures, cells=run_folders, pictures="thumbnails")
+    if run_folders is not None:
+        for old in (figures / "figures").glob("*"):
+            old.unlink()
+        write_report(studies, rows, figures, cells=run_folders, pictures="thumbnails")
+    write_report(studies, rows, figures, pictures="thumbnails")  # without links to this machine's folders
     generated = (figures / "report.md").read_text(encoding="utf-8").partition("\n")[2]
     generated = generated.replace("(figures/", "(reproduction/figures/")
     for name in ("report.md", "report.html"):

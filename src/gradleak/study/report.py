@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import logging
 import math
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from torch import Tensor
 
 from gradleak import data
@@ -28,6 +29,7 @@ from gradleak.report.html import duration, environment, one_line
 from gradleak.results import read_run
 from gradleak.spec import DataSpec, load
 from gradleak.study.spec import Published, StudySpec
+from gradleak.study.spec import cells as cells_of
 from gradleak.study.table import CheckedRow, Group, canonical, checked, grouped, mean_of, text_of
 
 #: What ``pictures`` may be -> most pixels of the longer side of an image in a grid.
@@ -91,7 +93,9 @@ def write_report(
         raise OutputError(f"{to}: cannot be used as the report's folder: {error.strerror or error}") from None
     parts = []
     for study in studies:
+        place = {cell.key: number for number, cell in enumerate(cells_of(study))}
         own = [row for row in found if (row.study, row.size) == (study.name, study.size)]
+        own.sort(key=lambda row: place.get(row.cell, len(place)))  # rows of a file are in the order of their keys
         parts.append(_study(study, own, to, cells, PICTURES[pictures]))
     templates = environment()
     templates.filters["md"] = _markdown
@@ -365,4 +369,4 @@ def _once(values: Iterable[str | None]) -> list[str]:
 
 def _markdown(text: Any) -> Markup:
     """Text that stays text in Markdown, in a table too."""
-    return Markup(re.sub(r"([\\`*_\[\]|~#])", r"\\\1", str(escape(one_line(str(text))))))
+    return Markup(re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(one_line(str(text)), quote=False)))
