@@ -164,10 +164,10 @@ class TimedCheckpoint(Checkpoint):
         super().__init__(path)
         self.stopwatch = stopwatch
 
-    def save(self, state: Mapping[str, Any], *, run: str) -> None:
+    def save(self, state: Mapping[str, Any], *, run: str, done: str = "") -> None:
         with self.stopwatch.paused():
             kept = {"seconds": self.stopwatch.seconds, "curve": self.stopwatch.curve}
-            super().save({**state, "stopwatch": kept}, run=run)
+            super().save({**state, "stopwatch": kept}, run=run, done=done)
 
     def load(self, *, run: str) -> dict[str, Any] | None:
         state = super().load(run=run)

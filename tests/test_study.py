@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet
 import pytest
 import torch
@@ -335,14 +336,13 @@ def test_a_signal_leaves_partial_cells_that_go_on(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_dies_is_replaced_and_its_cell_goes_on(tmp_path: Path) -> None:
-    path, out = study(tmp_path, LONG.replace("[0, 1]", "[0]")), tmp_path / "out"
+    path, out = study(tmp_path, LONG.replace("[0, 1]", "[0]").replace("rounds = 120", "rounds = 400")), tmp_path / "out"
     process = _start(path, out)
     end = time.monotonic() + 60
     while not list(out.glob("cells/*/checkpoint.safetensors")) and time.monotonic() < end:
         time.sleep(0.02)
-    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
-    workers = [int(line.split()[0]) for line in children.splitlines() if "spawn_main" in line]
-    os.kill(workers[0], signal.SIGKILL)
+    workers = [child for child in psutil.Process(process.pid).children() if any("spawn_main" in a for a in child.cmdline())]
+    workers[0].kill()
     _, text = process.communicate(timeout=120)
     assert process.returncode == 0, text
     assert {row["state"] for row in store.rows([load_study(path)], out)} == {"finished"}
