@@ -237,6 +237,12 @@ def test_a_cell_that_cannot_be_run_does_not_stop_the_others(tmp_path: Path, caps
     assert (rows["analytic"]["state"], rows["analytic"]["error"]) == ("failed", found["failed"][0]["reason"])
     assert call("study", "status", "--out", tmp_path / "out") == 0
     assert "1 of 2 cells finished; 1 failed" in capsys.readouterr().out
+    (tmp_path / "out" / "rows.parquet").unlink()
+    assert call("study", "report", "--out", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "rows.parquet").is_file()
+    assert "1 of 2 runs finished" in (tmp_path / "out" / "report.md").read_text()
+    assert call("study", "report", path, "--out", tmp_path / "nothing") == 2
+    assert "no such folder" in capsys.readouterr().err
 
 
 def test_an_unfinished_cell_asks_what_to_do(tmp_path: Path) -> None:

@@ -929,7 +929,9 @@ def study_report(
     from gradleak.study import report, store
 
     studies = _studies(specs, out, set_, source)
-    found = store.rows(studies, out)
+    if not out.is_dir():
+        raise OutputError(f"{out}: no such folder; expected the --out of `gradleak study run`")
+    found = store.save(studies, out)
     if rows is not None:
         merged = store.merge(store.read_rows(rows), [row for row in found if row["state"] == "finished"])
         store.write_rows(rows, merged)
