@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradleak import cli, data, matrix
+from gradleak import data, matrix
 from gradleak.errors import GradleakError, OutputError, SpecError
 from gradleak.report import MatrixData, render_matrix
 from gradleak.report.figures import MARKERS, Line, lines_svg
 from gradleak.results import purge
 from gradleak.spec import RunSpec, dump, load, override, parse
 from gradleak.tensors import read_tensors
+from test_cli import call
 
 #: Two attacks that run and one that the model does not suit; no defence, one, and two that the protocol does not allow.
 TABLE: dict[str, Any] = {
@@ -51,14 +51,6 @@ def _one_thread(_threads: None) -> None:
 
 def spec(*overrides: str) -> RunSpec:
     return override(json.loads(json.dumps(TABLE)), list(overrides))
-
-
-def call(*arguments: str | Path) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["gradleak", *map(str, arguments)])
-        with pytest.raises(SystemExit) as leave:
-            cli.main()
-    return int(leave.value.code or 0)
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,12 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from gradleak import cli
 from gradleak.errors import OutputError, SpecError
 from gradleak.folder import lock_folder
 from gradleak.results import read_result
 from gradleak.study import runner, store
 from gradleak.study.spec import Cell, StudySpec, cells, dump_study, load_studies, load_study
+from test_cli import call
 
 TINY = """
 title = "A study of tests"
@@ -59,14 +59,6 @@ def study(folder: Path, text: str = TINY) -> Path:
 
 def loaded(folder: Path, text: str = TINY, **options: Any) -> StudySpec:
     return load_study(study(folder, text), **options)
-
-
-def call(*arguments: str | Path) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["gradleak", *map(str, arguments)])
-        with pytest.raises(SystemExit) as leave:
-            cli.main()
-    return int(leave.value.code or 0)
 
 
 def keys(spec: StudySpec) -> list[str]:

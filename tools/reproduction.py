@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gradleak.study import store
 from gradleak.study.report import write_report
-from gradleak.study.spec import cells, load_studies
+from gradleak.study.spec import all_cells, load_studies
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reproduction.md"
@@ -28,12 +28,10 @@ def page(figures: Path, *, run_folders: Path | None = None) -> str:
     begun = {(row["study"], row["size"]) for row in rows}
     everything = load_studies([ROOT / "studies" / "small", ROOT / "studies" / "full"])
     studies = [study for study in everything if (study.name, study.size) in begun]
-    there = {(row["study"], row["size"], row["cell"]) for row in rows}
+    there = {(row["study"], row["size"], row["cell"]): row for row in rows}
     nowhere = Path(tempfile.gettempdir()) / "gradleak-no-such-folder"
-    missing = [c for study in studies for c in cells(study) if (c.study, c.size, c.key) not in there]
-    current = {(c.study, c.size, c.key) for study in studies for c in cells(study)}
-    rows = [row for row in rows if (row["study"], row["size"], row["cell"]) in current]
-    rows += [store.row(cell, nowhere) for cell in missing]
+    current = {(cell.study, cell.size, cell.key): cell for cell in all_cells(studies)}
+    rows = [there.get(key) or store.row(cell, nowhere) for key, cell in current.items()]
     if run_folders is not None:
         for old in (figures / "figures").glob("*"):
             old.unlink()

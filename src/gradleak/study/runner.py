@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import multiprocessing
 import os
 import signal
@@ -23,7 +22,6 @@ import psutil
 from tqdm.auto import tqdm
 
 from gradleak import data, run
-from gradleak.attacks import attack
 from gradleak.errors import BusyError, GradleakError, OutputError, SpecError
 from gradleak.files import parse_json, read_text, write_atomically
 from gradleak.folder import CELL, RESULT, SPEC, UNFINISHED_FILES, lock_folder
@@ -44,8 +42,6 @@ PATIENCE = 30.0
 
 #: Rounds are timed for this share of the time that an attack has, and for at least so many.
 TIMED_SHARE, TIMED_ROUNDS = 0.03, 4
-
-log = logging.getLogger(__name__)
 
 Outcome = Literal["finished", "before", "failed", "interrupted", "busy"]
 
@@ -218,8 +214,7 @@ def run_cell(
 
 def rounds_within(spec: RunSpec, seconds: float) -> int:
     """How many rounds of an attack take so many seconds of its loop, by the first few of them."""
-    settings = {key: value for key, value in spec.attack.items() if key != "name"}
-    recipe, device = attack(str(spec.attack["name"]), **settings), run.prepare(spec)[1]
+    recipe, device = run.prepare(spec)
     client = run.simulate_client(spec)
     start, times = time.perf_counter(), []
 
@@ -263,8 +258,7 @@ def _wait_for(folder: Path, patience: float) -> None:
 
 def _shared(spec: RunSpec, folder: Path, resources: Resources) -> dict[str, Any]:
     """One attack over several processes, as torchrun starts them."""
-    settings = {key: value for key, value in spec.attack.items() if key != "name"}
-    write_atomically(folder / SPEC, dump(run.resolve(spec, attack(str(spec.attack["name"]), **settings))))
+    write_atomically(folder / SPEC, dump(spec))
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(resources.processes)]
     program += ["-m", "gradleak", "audit", "--out", str(folder), "--resume", "--quiet"]
     with tempfile.TemporaryFile("w+") as said, run.stopping() as stop:
