@@ -33,10 +33,11 @@ def page(figures: Path, *, run_folders: Path | None = None) -> str:
     current = {(cell.study, cell.size, cell.key): cell for cell in all_cells(studies)}
     rows = [there.get(key) or store.row(cell, nowhere) for key, cell in current.items()]
     if run_folders is not None:
-        for old in (figures / "figures").glob("*"):
-            old.unlink()
         write_report(studies, rows, figures, cells=run_folders, pictures="thumbnails")
-    write_report(studies, rows, figures, pictures="thumbnails")  # without links to this machine's folders
+    shown = write_report(studies, rows, figures, pictures="thumbnails")  # without links to this machine's folders
+    if run_folders is not None:  # pictures of runs made on another machine stay
+        for old in set((figures / "figures").iterdir()) - set(shown):
+            old.unlink()
     generated = (figures / "report.md").read_text(encoding="utf-8").partition("\n")[2]
     generated = generated.replace("(figures/", "(reproduction/figures/")
     for name in ("report.md", "report.html"):

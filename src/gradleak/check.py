@@ -128,7 +128,9 @@ def check(spec: RunSpec) -> Check:
         gain_sensitivity=reconstruction.notes["gain_check"]["sensitivity"],
         image_sensitivity=image_sensitivity(own, labels, client.observation.image_shape),
         distance=recipe.distance,
-        total_variation_limit=total_variation_limit(own, images, labels, distance=recipe.distance),
+        total_variation_limit=total_variation_limit(
+            own, images, labels, distance="cosine" if recipe.distance == "whitened" else recipe.distance
+        ),
         total_variation=getattr(recipe, "total_variation", None),
         generator={key: value for key, value in reconstruction.notes.items() if key.startswith("generator_")},
         rounds=1 if len(seconds) == 2 else recipe.rounds * recipe.repeat,

@@ -24,7 +24,7 @@ from gradleak.attacks import Attack, Problem
 from gradleak.attacks.recipe import Phase, schedule_factor
 from gradleak.checkpoint import Checkpoint, digest
 from gradleak.client import ClientOperator
-from gradleak.distance import DISTANCES
+from gradleak.distance import DISTANCES, Distance, cosine
 from gradleak.errors import CheckpointError, DivergedError, MemoryLimitError, SpecError
 from gradleak.invariance import bright_gain, gain_sensitivity, hold_gain
 from gradleak.labels import Labels
@@ -33,6 +33,7 @@ from gradleak.observation import Observation
 from gradleak.sharded import shard
 from gradleak.targets import FreeTargets
 from gradleak.vjp import SelfChecking, engine
+from gradleak.whitening import Whitened, whitened
 
 #: A state to fall back to is taken at most once in so many rounds: copying a large generator costs time.
 RETREAT_EVERY = 10
@@ -316,7 +317,7 @@ class _Loop:
     def __init__(self, problem: Problem, attack: Attack, labels: Labels) -> None:
         self.problem, self.attack, self.labels, self.shard = problem, attack, labels, problem.shard
         self.device = next(iter(problem.client.weights.values())).device
-        self.distance, self.engine = DISTANCES[attack.distance], engine(attack.engine)
+        self.engine = engine(attack.engine)
         if isinstance(self.engine, SelfChecking):
             self.engine.size = self.shard.norm
         image_model = attack.image_model(problem).to(next(iter(problem.client.weights.values())))
@@ -325,6 +326,7 @@ class _Loop:
         self.mixed = attack.precision == "mixed" and mixed.supported(self.device.type) and self.shard.world == 1
         self.natural = attack.gain == "natural" and problem.gain_blind
         self.targets = self._free_targets()
+        self.distance = self._distance()
         # DLG's optimiser steps both; with the rule ``joint`` the targets have one of their own
         together = self.targets if attack.joint_labels else None
         self.phases = attack.phases(self.image_model if together is None else nn.ModuleList([self.image_model, together]))
@@ -429,6 +431,9 @@ class _Loop:
             }
         if attack.precision == "mixed":
             notes["bfloat16"] = self.mixed
+        if attack.distance == "whitened":
+            notes["whitened"] = isinstance(self.distance, Whitened)
+            notes["cosine_distance"] = cosine(client(best.images, best.labels), self.problem.observed)[0]
         if client.piece is not None:
             notes["images_at_a_time"] = client.piece
         if self.shard.world > 1:
@@ -573,6 +578,17 @@ class _Loop:
         image_cotangent, target_cotangent = both(cotangent)
         y.backward(target_cotangent)
         return loss, image_cotangent
+
+    def _distance(self) -> Distance:
+        """That of the attack; the cosine in place of a whitened one where its covariance would not be that of the update."""
+        problem, name = self.problem, self.attack.distance
+        if name != "whitened":
+            return DISTANCES[name]
+        observation = problem.observation
+        if self.targets is not None or observation.defences or observation.protocol.transport is not None:
+            return cosine
+        found = whitened(problem.client, problem.labels, problem.observed, problem.image_shape)
+        return found if 0 < found.size < math.inf else cosine
 
     def _free_targets(self) -> FreeTargets | None:
         """Targets to be optimised with the images, where the attack is made so or the rule is ``joint``."""

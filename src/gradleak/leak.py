@@ -175,6 +175,9 @@ def measure_leak(
     rebuilt = attack_observation(observation, model, recipe, spec, where, progress=False)
     per_image = _best_ssim(rebuilt.images, truth.images)
     defended = bool(observation.defences) or observation.protocol.transport is not None
+    left = rebuilt.notes.get(
+        "cosine_distance", rebuilt.matching_loss if getattr(recipe, "distance", None) == "cosine" else None
+    )
     return Leak(
         score=_score(per_image),
         per_image=tuple(per_image.tolist()),
@@ -187,7 +190,7 @@ def measure_leak(
         if away <= max(REPRODUCED, _rounding(observation, model)) or defended or _draws(observation)
         else "the truth and the settings given (model, client, mean, std) do not reproduce this update (distance "
         f"{away:.2g}): the score says nothing",
-        unexplained=not defended and getattr(recipe, "distance", None) == "cosine" and rebuilt.matching_loss > UNEXPLAINED,
+        unexplained=not defended and left is not None and left > UNEXPLAINED,
     )
 
 

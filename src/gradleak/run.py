@@ -852,10 +852,11 @@ def weaknesses(result: dict[str, Any], truth: Truth | None = None) -> list[str]:
             f"Only {100 * accuracy:.0f} % of the labels that the attack used are right. With labels.rule=known it would show "
             "what the update gives away once they are."
         )
-    if result["attack"].get("distance") == "cosine" and loss > UNEXPLAINED and not defended and not result.get("partial"):
+    away = result["attack"].get("cosine_distance", loss if result["attack"].get("distance") == "cosine" else None)
+    if away is not None and away > UNEXPLAINED and not defended and not result.get("partial"):
         found.append(
-            f"The matching loss is still {loss:.1e}: the rebuilt images do not explain the update yet. More rounds may "
-            "rebuild more, or the client's loss, mode, steps or normalisation is another than was said."
+            f"The cosine distance of the updates is still {away:.1e}: the rebuilt images do not explain the update yet. More "
+            "rounds may rebuild more, or the client's loss, mode, steps or normalisation is another than was said."
         )
     if truth is not None and are_classes(truth.labels) and len(truth.labels) > 1 and len(truth.labels.unique()) == 1:
         found.append(

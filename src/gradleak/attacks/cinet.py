@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from gradleak.attacks.recipe import Attack, Phase, Problem
+from gradleak.attacks.recipe import Attack, Matching, Phase, Problem
 from gradleak.cinet import (
     Activation,
     ChannelRule,
@@ -55,11 +55,12 @@ class CINetAttack(Attack):
             these rounds too in a group, with targets that are fitted, and where it left too much of the update unexplained.
 
     The choices are those of appendix B (:class:`gradleak.cinet.CINet`). The defaults are our fastest good recipe, ``cinet``:
-    Adam on signs with cosine decay, SiLU, sigmoid output, no spectral norm.
+    the whitened distance, Adam on signs with cosine decay, SiLU, sigmoid output, no spectral norm.
     """
 
     shards: ClassVar[bool] = True
 
+    distance: Matching = "whitened"
     channels: Annotated[int, Field(ge=1, le=4096)] | ChannelRule = Field(default="auto", union_mode="left_to_right")
     latent: int = Field(default=128, ge=1)
     latent_seed: int | None = Field(default=None, ge=0, lt=2**63)
@@ -147,6 +148,7 @@ PRESETS: dict[str, tuple[Attack, str]] = {
             rounds=10_000,
             optimiser="sgd",
             schedule="constant",
+            distance="cosine",
             engine="exact",
             channels="paper",
             normalisation="spectral",
@@ -162,6 +164,7 @@ PRESETS: dict[str, tuple[Attack, str]] = {
             rounds=2000,
             learning_rate=1e-3,
             schedule="constant",
+            distance="cosine",
             engine="exact",
             channels="reference",
             normalisation="spectral",

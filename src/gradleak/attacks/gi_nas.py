@@ -29,7 +29,7 @@ from gradleak.cinet import (
     SideBySide,
     block_widths,
 )
-from gradleak.distance import DISTANCES
+from gradleak.distance import DISTANCES, DistanceName
 from gradleak.vjp import EngineName
 
 #: The ways of doubling the size that are searched.
@@ -125,6 +125,7 @@ class GINASAttack(Attack):
     """
 
     rounds: int = Field(default=30_000, ge=1)
+    distance: DistanceName = "cosine"
     learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     schedule: Schedule = "constant"
     engine: EngineName = "exact"

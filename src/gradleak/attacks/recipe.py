@@ -13,7 +13,6 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from gradleak.distance import DistanceName
 from gradleak.sharded import WHOLE, Shard
 from gradleak.vjp import EngineName
 
@@ -25,6 +24,9 @@ if TYPE_CHECKING:
 GAIN_BLIND = 0.02
 
 Schedule = Literal["constant", "cosine", "step"]
+
+#: The distances of :mod:`gradleak.distance`, and that of :mod:`gradleak.whitening`.
+Matching = Literal["cosine", "squared-l2", "whitened"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +98,9 @@ class Attack:
         shards: Whether several processes can share the images (:mod:`gradleak.sharded`): the image model's generators have
             ``rows``, and a prior is a mean over the images.
         rounds: T, number of steps.
-        distance: ``cosine`` (Eq. 3) or ``squared-l2`` (Eq. 2).
+        distance: ``cosine`` (Eq. 3); ``squared-l2`` (Eq. 2); ``whitened``: the cosine after weighing each direction of the
+            update by how little it varies by itself (:mod:`gradleak.whitening`), and ``cosine`` where a defence changed the
+            update, it was rounded on its way, or targets are fitted too.
         matched: Share of the update's numbers that is compared, counted from the last layer backwards. Below 1 a round costs
             less: what lies before those layers is computed once for both of the secant's passes (:mod:`gradleak.prefix`). A
             client with a defence or several steps has all of its update compared.
@@ -120,7 +124,7 @@ class Attack:
     shards: ClassVar[bool] = False
 
     rounds: int = Field(default=1000, ge=1)
-    distance: DistanceName = "cosine"
+    distance: Matching = "cosine"
     matched: float = Field(default=1.0, gt=0, le=1)
     optimiser: Literal["adam", "sgd", "lbfgs"] = "adam"
     signed: bool = True

@@ -1,0 +1,195 @@
+r"""The whitened distance: directions of an update weigh as much as they do not vary with the images by themselves.
+
+What an update says about its images is spread very unevenly over its numbers. Most of its norm hardly depends on the images,
+a few directions follow their brightness, and what tells one image from another is small. Generalised least squares weighs
+directions by the inverse covariance, here that of what random images of the same labels would send:
+
+.. math:: \langle a, b \rangle_M = \sum_l \langle a_l, M_l b_l \rangle, \qquad M_l \approx \mathrm{Cov}[A(x, y)_l]^{-1}.
+
+The covariance of a weight of o x i (x k) numbers is taken as a Kronecker product of three factors, over outputs, inputs and
+kernel positions, as K-FAC (Martens & Grosse 2015) and Shampoo (Gupta et al. 2018) do for other matrices; that of a vector as a
+multiple of the identity. No image of the client is needed: only the labels, W, and noise with the spectrum of photographs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradleak.client import ClientOperator
+from gradleak.image_model import photographic
+from gradleak.observation import Update
+
+#: Batches of random images from which the covariance is taken.
+SAMPLES = 8
+
+#: Added to each factor, as a share of its largest eigenvalue.
+DAMPING = 0.01
+
+#: Factors with more rows are taken as the identity: their eigenvalues would cost more than the attack.
+LARGEST = 2048
+
+#: A tensor whose numbers vary less than this, relative to the root mean square of the whole update, says nothing but round-off.
+ROUND_OFF = 1e-6
+
+#: Mean and deviation of the random images' values, about those of photographs.
+MEAN, DEVIATION = 0.5, 0.25
+
+
+@dataclass(frozen=True)
+class Factors:
+    r"""One tensor's :math:`M_l = s\, (O \otimes I \otimes K)`.
+
+    Attributes:
+        scale: s; zero where the images do not change this tensor.
+        outputs, inputs, kernel: The factors; None: the identity.
+    """
+
+    scale: float
+    outputs: Tensor | None = None
+    inputs: Tensor | None = None
+    kernel: Tensor | None = None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """:math:`M_l` times a tensor of this shape."""
+        if self.outputs is None and self.inputs is None and self.kernel is None:
+            return self.scale * tensor
+        g = _three(tensor)
+        if self.outputs is not None:
+            g = (self.outputs @ g.flatten(1)).view_as(g)
+        if self.kernel is not None:
+            g = g @ self.kernel
+        if self.inputs is not None:
+            g = torch.matmul(self.inputs, g)
+        return (self.scale * g).reshape(tensor.shape)
+
+
+class Whitened:
+    r"""One minus the cosine of the angle between two updates in the metric M, and its cotangent.
+
+    :math:`D(g, g^*) = 1 - \langle g, g^* \rangle_M / (\|g\|_M \|g^*\|_M)`. With
+    :math:`c = \langle g, g^* \rangle_M / \|g^*\|_M^2` and the residual :math:`e = g - c g^*`, orthogonal to :math:`g^*` in M,
+
+    .. math:: \|g\|_M^2 = c^2 \|g^*\|_M^2 + \|e\|_M^2, \qquad
+              \frac{\partial D}{\partial g} = \frac{c \|g^*\|_M}{\|g\|_M^3} M e - \frac{\|e\|_M^2}{\|g^*\|_M \|g\|_M^3} M g^*,
+
+    so that M is applied once, to something small: a small distance keeps its digits.
+
+    Args:
+        factors: M, name -> :class:`Factors` (:func:`factors`).
+        observed: :math:`g^*`.
+    """
+
+    def __init__(self, factors: dict[str, Factors], observed: Update) -> None:
+        self.factors, self.observed = factors, observed
+        self.whitened = {name: factors[name](t) for name, t in observed.items()}
+        self.size = _dot(observed, self.whitened) ** 0.5
+
+    def __call__(self, update: Update, observed: Update) -> tuple[float, Update]:
+        """Value and cotangent (names of ``observed``, which must be the update that this distance was made for)."""
+        if observed is not self.observed:
+            return Whitened(self.factors, observed)(update, observed)
+        if self.size == 0:
+            return 1.0, {name: torch.zeros_like(t) for name, t in observed.items()}
+        c = _dot(update, self.whitened) / self.size**2
+        cotangent, squared = {}, 0.0
+        for name, target in observed.items():
+            e = torch.sub(update[name], target, alpha=c)
+            cotangent[name] = self.factors[name](e)
+            squared += float(torch.dot(e.flatten(), cotangent[name].flatten()))
+        along = c * self.size
+        length = (along**2 + squared) ** 0.5
+        if length == 0:
+            return 1.0, {name: torch.zeros_like(t) for name, t in observed.items()}
+        value = squared / (length * (length + along)) if along > 0 else 1 - along / length
+        for name, t in cotangent.items():
+            t.mul_(along / length**3).sub_(self.whitened[name], alpha=squared / (self.size * length**3))
+        return value, cotangent
+
+
+def whitened(client: ClientOperator, labels: Tensor, observed: Update, image_shape: tuple[int, int, int]) -> Whitened:
+    """The distance to ``observed`` for batches with these labels; the same for the same client, labels and shapes.
+
+    Args:
+        client: The operator A at the observed weights.
+        labels: B labels.
+        observed: g*; its names are compared.
+        image_shape: (C, H, W).
+    """
+
+    def sent() -> Iterator[Update]:
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(SAMPLES):
+            noise = photographic(torch.randn(len(labels), *image_shape, generator=generator))
+            images = (MEAN + DEVIATION * noise / noise.std()).clamp_(0, 1)
+            update = client(images.to(next(iter(client.weights.values()))), labels)
+            yield {name: update[name] for name in observed}
+
+    return Whitened(factors(sent()), observed)
+
+
+def factors(updates: Iterable[Update]) -> dict[str, Factors]:
+    """M from two or more updates of random images: the inverse of their covariance about their mean, tensor by tensor."""
+    mean: Update = {}
+    scatter: dict[str, list[Tensor | None]] = {}
+    total: dict[str, float] = {}
+    for count, update in enumerate(updates):
+        if not count:
+            mean = {name: t.clone() for name, t in update.items()}
+            scatter = {name: [None, None, None] for name in update}
+            total = dict.fromkeys(update, 0.0)
+            continue
+        for name, t in update.items():  # Welford: deviations from the mean so far
+            deviation = t - mean[name]
+            mean[name] += deviation / (count + 1)
+            weight = count / (count + 1)
+            total[name] += weight * float(deviation.square().sum())
+            if t.ndim > 1:
+                scatter[name] = [
+                    None if new is None else weight * new if old is None else old.add_(new, alpha=weight)
+                    for old, new in zip(scatter[name], _squares(_three(deviation)), strict=True)
+                ]
+    numbers = sum(t.numel() for t in mean.values())
+    faint = ROUND_OFF**2 * sum(float(t.square().sum()) for t in mean.values()) / numbers
+    found = {}
+    for name, t in mean.items():
+        if total[name] <= faint * t.numel():
+            found[name] = Factors(0.0)
+        elif t.ndim < 2:
+            found[name] = Factors(t.numel() / total[name])
+        else:
+            # E <d, M d> = trace of M times the covariance, of the factors' product, is to be the number of d's numbers
+            inverses: list[Tensor | None] = []
+            expected = total[name]
+            for square in scatter[name]:
+                if square is None:
+                    inverses.append(None)
+                    continue
+                values, vectors = torch.linalg.eigh(square.double())
+                values = values.clamp_min(0)
+                inverse = 1 / (values / values[-1] + DAMPING)
+                expected *= float((values * inverse).sum() / values.sum())
+                inverses.append(((vectors * inverse) @ vectors.T).to(t.dtype))
+            found[name] = Factors(t.numel() / expected, *inverses)
+    return found
+
+
+def _three(tensor: Tensor) -> Tensor:
+    """A weight of two or more dimensions as outputs x inputs x kernel positions."""
+    return tensor.reshape(tensor.shape[0], tensor.shape[1], -1)
+
+
+def _squares(g: Tensor) -> list[Tensor | None]:
+    """Sums of products over all but one of three dimensions; None where a dimension is one, or larger than :data:`LARGEST`."""
+    return [
+        None if not 1 < n <= LARGEST else torch.tensordot(g, g, dims=([d for d in range(3) if d != k],) * 2)
+        for k, n in enumerate(g.shape)
+    ]
+
+
+def _dot(a: Update, b: Update) -> float:
+    """Sum over the tensors of b."""
+    return float(sum(torch.dot(a[name].flatten(), t.flatten()).double() for name, t in b.items()))

@@ -1,0 +1,159 @@
+"""The whitened distance: its value and cotangent, its metric, and where it is left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gradleak as gl
+from gradleak import whitening
+from gradleak.attacks import attack
+from gradleak.defences import Gaussian
+from gradleak.distance import cosine
+from gradleak.labels import Labels
+from gradleak.whitening import Factors, Whitened, factors, whitened
+
+SHAPES = {"conv": (4, 3, 3, 3), "one by one": (5, 4, 1, 1), "linear": (3, 6), "bias": (7,)}
+
+
+def update(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in SHAPES.items()}
+
+
+def dense(found: Factors, shape: tuple[int, ...]) -> Tensor:
+    """M_l as a matrix, column by column."""
+    n = torch.Size(shape).numel()
+    return torch.stack([found(column.view(shape)).flatten() for column in torch.eye(n, dtype=torch.float64)], dim=1)
+
+
+@pytest.fixture(scope="module")
+def metric() -> dict[str, Factors]:
+    return factors(update(seed) for seed in range(10))
+
+
+def test_each_matrix_is_symmetric_and_positive(metric: dict[str, Factors]) -> None:
+    for name, shape in SHAPES.items():
+        matrix = dense(metric[name], shape)
+        assert torch.allclose(matrix, matrix.T)
+        assert torch.linalg.eigvalsh(matrix).min() > 0
+
+
+@pytest.mark.parametrize("towards", [0.1, 1.0, -1.0])
+def test_value_and_cotangent_are_those_of_the_cosine_in_the_metric(metric: dict[str, Factors], towards: float) -> None:
+    """Also where the angle is small, and where it is obtuse."""
+    target = update(100)
+    g = {name: (target[name] + towards * 3 * t).requires_grad_() for name, t in update(101).items()}
+    if towards < 0:
+        g = {name: (t - 2 * target[name]).detach().requires_grad_() for name, t in g.items()}
+
+    def product(a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+        return sum(((a[name] * metric[name](b[name])).sum() for name in a), torch.zeros((), dtype=torch.float64))
+
+    expected = 1 - product(g, target) / (product(g, g) * product(target, target)).sqrt()
+    gradients = torch.autograd.grad(expected, list(g.values()))
+    value, cotangent = Whitened(metric, target)({name: t.detach() for name, t in g.items()}, target)
+    assert value == pytest.approx(float(expected.detach()), rel=1e-9)
+    for found, gradient in zip(cotangent.values(), gradients, strict=True):
+        assert torch.allclose(found, gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_it_does_not_depend_on_the_length_of_an_update(metric: dict[str, Factors]) -> None:
+    distance, g = Whitened(metric, target := update(1)), update(2)
+    assert distance({name: 7 * t for name, t in g.items()}, target)[0] == pytest.approx(distance(g, target)[0], rel=1e-12)
+    assert distance({name: 7 * t for name, t in target.items()}, target)[0] == pytest.approx(0, abs=1e-15)
+
+
+def test_a_small_distance_keeps_its_digits_in_float32(metric: dict[str, Factors]) -> None:
+    """1 - cos has none left below 6e-8."""
+    target, g = update(1), {name: t + 1e-5 * update(2)[name] for name, t in update(1).items()}
+    expected = Whitened(metric, target)(g, target)[0]
+    half = {
+        name: Factors(f.scale, *(None if m is None else m.float() for m in (f.outputs, f.inputs, f.kernel)))
+        for name, f in metric.items()
+    }
+    single = {name: t.float() for name, t in target.items()}
+    found = Whitened(half, single)({name: t.float() for name, t in g.items()}, single)[0]
+    assert 0 < expected < 1e-8
+    assert found == pytest.approx(expected, rel=0.05)
+
+
+def test_updates_of_a_kronecker_covariance_become_white() -> None:
+    """With samples enough, the square root of M turns their covariance into nearly a multiple of the identity."""
+    generator = torch.Generator().manual_seed(0)
+
+    def root(n: int) -> Tensor:
+        return torch.randn(n, n, generator=generator, dtype=torch.float64) + 2 * torch.eye(n, dtype=torch.float64)
+
+    a, b, c = root(3), root(4), root(2)
+    samples = [
+        torch.einsum("xo,yi,zk,oik->xyz", a, b, c, torch.randn(3, 4, 2, generator=generator, dtype=torch.float64))
+        for _ in range(4000)
+    ]
+    (found,) = factors({"w": 5 + s} for s in samples).values()
+    covariance = torch.cov(torch.stack([s.flatten() for s in samples]).T)
+    before, after = torch.linalg.eigvalsh(covariance), torch.linalg.eigvals(dense(found, (3, 4, 2)) @ covariance).real
+    assert before.max() / before.min() > 1000
+    assert after.max() / after.min() < 3
+
+
+def test_what_the_images_do_not_change_is_left_out() -> None:
+    """A tensor of round-off, such as the gradient of a bias before a batch norm, would else weigh as much as the others."""
+    noise = [{"w": update(k)["conv"], "b": 1e-9 * update(k)["bias"]} for k in range(5)]
+    found = factors(noise)
+    assert found["b"].scale == 0
+    assert found["w"].scale > 0
+
+
+def test_large_factors_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whitening, "LARGEST", 5)
+    found = factors({"w": update(k)["linear"]} for k in range(5))["w"]
+    assert (found.outputs is None, found.inputs is None, found.kernel is None) == (False, True, True)
+
+
+def setting(**simulated: Any) -> tuple[gl.Observation, gl.FedSGD, gl.Truth]:
+    truth = gl.Truth(torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(5)), torch.tensor([0, 1, 2, 3]))
+    client = gl.FedSGD(gl.build_model(gl.ModelSpec(name="convnet", activation="sigmoid"), image_shape=(3, 16, 16)))
+    return gl.simulate(client, truth, **simulated), client, truth
+
+
+def test_the_truth_is_at_distance_zero_and_the_metric_is_repeatable() -> None:
+    observation, client, truth = setting()
+    one, two = (whitened(client, truth.labels, observation.update, (3, 16, 16)) for _ in range(2))
+    sent = client(truth.images, truth.labels)
+    assert one(sent, observation.update)[0] == pytest.approx(0, abs=1e-10)
+    other = client(1 - truth.images, truth.labels)
+    assert one(other, observation.update)[0] == two(other, observation.update)[0] > 1e-3
+
+
+def test_the_attack_says_which_distance_it_had_and_the_cosine_that_it_reached() -> None:
+    observation, client, truth = setting()
+    recipe = attack("cinet", rounds=3, channels=8)
+    found = gl.invert(observation, recipe, client=client, labels=Labels(truth.labels, "known"), progress=False)
+    assert found.notes["whitened"] is True
+    assert recipe.distance == "whitened"
+    assert found.notes["cosine_distance"] > 0
+    assert found.matching_loss != pytest.approx(found.notes["cosine_distance"], rel=1e-3)
+    plain = attack("cinet-reference", rounds=3, channels=8)
+    assert (
+        "whitened"
+        not in gl.invert(observation, plain, client=client, labels=Labels(truth.labels, "known"), progress=False).notes
+    )
+
+
+def test_a_defended_update_is_compared_by_the_cosine() -> None:
+    """Its noise is not in the covariance."""
+    truth = setting()[2]
+    model = gl.build_model(gl.ModelSpec(name="convnet", activation="sigmoid"), image_shape=(3, 16, 16))
+    client = gl.client.build_client(model, gl.ClientSpec(), 4, defences=[Gaussian(sigma=0.01)])
+    observation = gl.simulate(client, truth)
+    found = gl.invert(
+        observation, attack("cinet", rounds=2, channels=8), client=client, labels=Labels(truth.labels, "known"), progress=False
+    )
+    assert found.notes["whitened"] is False
+    update = client(found.images, truth.labels)
+    assert found.notes["cosine_distance"] == pytest.approx(found.matching_loss, rel=1e-6)
+    assert cosine(update, observation.update)[0] > 0
