@@ -42,10 +42,9 @@ from gradleak.attacks import Attack, attack
 from gradleak.attacks.recipe import Problem
 from gradleak.checkpoint import Checkpoint
 from gradleak.client import operator
-from gradleak.distance import DISTANCES
 from gradleak.evaluate import quality_over_rounds
 from gradleak.invariance import bright_gain, gain_sensitivity
-from gradleak.invert import Progress, _Loop, invert
+from gradleak.invert import Progress, _Loop, distance_to, invert
 from gradleak.labels import Labels
 from gradleak.spec import DataSpec
 from record import ROOT, provenance, write_rows
@@ -97,6 +96,7 @@ class Stopwatch:
 
     def __init__(self, shared: Setting, recipe: Attack, *, goals: list[str], every: int, limit: float) -> None:
         self.shared, self.recipe, self.goals, self.every, self.limit = shared, recipe, goals, every, limit
+        self.distance = distance_to(shared.problem, recipe)
         self.curve: list[dict[str, Any]] = []
         self.fault: Exception | None = None
         self._start = time.perf_counter()
@@ -133,7 +133,7 @@ class Stopwatch:
         problem, images = self.shared.problem, progress.images
         gain = bright_gain(images) if self.recipe.gain == "natural" and problem.gain_blind else 1.0
         if gain != 1:
-            loss, _ = DISTANCES[self.recipe.distance](problem.client(gain * images, problem.labels), problem.observed)
+            loss, _ = self.distance(problem.client(gain * images, problem.labels), problem.observed)
             gain = 1.0 if loss > 1.5 * progress.best_loss else gain  # as the loop does with its result
         curves = quality_over_rounds((gain * images)[None], self.shared.truth)
         return {name: None if value is None else round(value, 4) for name, (value,) in curves.items()}

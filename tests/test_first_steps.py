@@ -56,7 +56,10 @@ def test_a_report_says_why_an_attack_may_have_missed_something() -> None:
     two, one = (Truth(torch.rand(2, 3, 8, 8), torch.tensor(labels)) for labels in ([0, 1], [1, 1]))
     assert run.weaknesses(outcome(), two) == []
     assert "Only 50 %" in run.weaknesses(outcome(labels={"rule": "counts", "accuracy": 0.5}))[0]
-    assert "matching loss is still 4.0e-02" in run.weaknesses(outcome(matching_loss=0.04))[0]
+    assert "distance of the updates is still 4.0e-02" in run.weaknesses(outcome(matching_loss=0.04))[0]
+    whitened = {"distance": "whitened", "cosine_distance": 0.04}
+    assert "distance of the updates is still 4.0e-02" in run.weaknesses(outcome(attack=whitened))[0]
+    assert run.weaknesses(outcome(matching_loss=0.04, attack={**whitened, "cosine_distance": 1e-4})) == []
     defended = [{"name": "Defences", "value": "sign"}]
     assert run.weaknesses(outcome(matching_loss=0.04, assumptions=defended)) == []
     assert run.weaknesses(outcome(matching_loss=0.04, attack={"distance": "squared-l2"})) == []

@@ -231,9 +231,9 @@ def test_an_attack_that_failed_is_no_pass(read: Leak) -> None:
     """Three rounds fit nothing: the verdict says so. One that exceeds the threshold has found its leak all the same."""
     model, truth = gl.build_model(gl.ModelSpec(name="convnet", width=4), image_shape=(3, 16, 16)), photographs(2)
     leak = measure_leak(observe(model, truth), model, truth, attack=QUICK)
-    assert leak.reconstruction.matching_loss > 1e-2
+    assert leak.reconstruction.notes["cosine_distance"] > 1e-2
     assert (leak.inconclusive, leak.exceeded, leak.to_dict()["inconclusive"]) == (True, False, True)
-    assert leak.verdict.startswith("Inconclusive: the attack did not fit the update (matching loss ")
+    assert leak.verdict.startswith("Inconclusive: the attack did not fit the update (cosine distance ")
     assert "does not exceed" not in leak.verdict
     above = dataclasses.replace(leak, threshold=0.0)
     assert not above.inconclusive

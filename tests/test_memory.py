@@ -181,14 +181,14 @@ def attacked(client: FedSGD, truth: Truth) -> Any:
 
 def test_memory_that_runs_out_is_mended_once() -> None:
     """Half as many images at a time, and the report says so."""
-    found = attacked(FedSGD(network(), loss=RunsOut(2, after=15)), batch(4))
+    found = attacked(FedSGD(network(), loss=RunsOut(2, after=23)), batch(4))
     assert found.rounds == 6
     assert found.notes["images_at_a_time"] == 2
     assert any("Memory ran out in round" in text and "2 images at a time" in text for text in found.warnings)
 
 
 def test_memory_that_runs_out_again_keeps_the_best() -> None:
-    found = attacked(FedSGD(network(), loss=RunsOut(1, after=15)), batch(4))
+    found = attacked(FedSGD(network(), loss=RunsOut(1, after=23)), batch(4))
     assert "memory ran out in round" in found.stopped
     assert found.images.isfinite().all()
     assert found.matching_loss <= min(row["loss"] for row in found.history)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -244,6 +245,18 @@ def invert(
     return dataclasses.replace(kept, seconds=seconds)
 
 
+def distance_to(problem: Problem, attack: Attack) -> Distance:
+    """The attack's distance to the observed update: in place of a whitened one the cosine, where a defence or rounding adds
+    what the covariance does not have, or where no update of random images varies.
+    """
+    if attack.distance != "whitened":
+        return DISTANCES[attack.distance]
+    if problem.observation.defences or problem.observation.protocol.transport is not None:
+        return cosine
+    found = whitened(problem.client, problem.labels, problem.observed, problem.image_shape)
+    return found if 0 < found.size < math.inf else cosine
+
+
 def _fingerprint(client: ClientOperator, observed: dict[str, Tensor], attack: Attack, labels: Labels, seed: int) -> str:
     """What tells this run from any other: update, weights, labels, settings, protocol, seed."""
     settings = {
@@ -261,7 +274,7 @@ def _fingerprint(client: ClientOperator, observed: dict[str, Tensor], attack: At
 
 def _without_loop(problem: Problem, attack: Attack, labels: Labels, images: Tensor, *, seconds: float) -> Reconstruction:
     """What a closed form computed, with the matching loss that it reaches."""
-    loss, _ = DISTANCES[attack.distance](problem.client(images, problem.labels), problem.observed)
+    loss, _ = distance_to(problem, attack)(problem.client(images, problem.labels), problem.observed)
     return Reconstruction(
         images=images.clamp(0, 1).float().cpu(),
         labels=Labels(labels.values.cpu(), labels.rule),
@@ -326,7 +339,6 @@ class _Loop:
         self.mixed = attack.precision == "mixed" and mixed.supported(self.device.type) and self.shard.world == 1
         self.natural = attack.gain == "natural" and problem.gain_blind
         self.targets = self._free_targets()
-        self.distance = self._distance()
         # DLG's optimiser steps both; with the rule ``joint`` the targets have one of their own
         together = self.targets if attack.joint_labels else None
         self.phases = attack.phases(self.image_model if together is None else nn.ModuleList([self.image_model, together]))
@@ -433,7 +445,8 @@ class _Loop:
             notes["bfloat16"] = self.mixed
         if attack.distance == "whitened":
             notes["whitened"] = isinstance(self.distance, Whitened)
-            notes["cosine_distance"] = cosine(client(best.images, best.labels), self.problem.observed)[0]
+            away = self._loss(best.images, best.labels, distance=cosine)
+            notes["cosine_distance"] = away if math.isfinite(away) else None
         if client.piece is not None:
             notes["images_at_a_time"] = client.piece
         if self.shard.world > 1:
@@ -549,10 +562,10 @@ class _Loop:
                     p.grad.sign_()
         return min(losses)
 
-    def _loss(self, images: Tensor, labels: Tensor) -> float:
-        """The matching loss; infinity where it is not finite, or memory does not suffice."""
+    def _loss(self, images: Tensor, labels: Tensor, *, distance: Distance | None = None) -> float:
+        """The matching loss, or another distance; infinity where it is not finite, or memory does not suffice."""
         try:
-            loss, _ = self.distance(self.problem.client(images, labels), self.problem.observed)
+            loss, _ = (distance or self.distance)(self.problem.client(images, labels), self.problem.observed)
         except (MemoryError, RuntimeError) as fault:
             if not is_out_of_memory(fault) or self.shard.world > 1:
                 raise
@@ -579,16 +592,12 @@ class _Loop:
         y.backward(target_cotangent)
         return loss, image_cotangent
 
-    def _distance(self) -> Distance:
-        """That of the attack; the cosine in place of a whitened one where its covariance would not be that of the update."""
-        problem, name = self.problem, self.attack.distance
-        if name != "whitened":
-            return DISTANCES[name]
-        observation = problem.observation
-        if self.targets is not None or observation.defences or observation.protocol.transport is not None:
-            return cosine
-        found = whitened(problem.client, problem.labels, problem.observed, problem.image_shape)
-        return found if 0 < found.size < math.inf else cosine
+    @cached_property
+    def distance(self) -> Distance:
+        """The attack's distance, made in the first round: a whitened one computes updates, and may need smaller pieces."""
+        if self.targets is not None and self.attack.distance == "whitened":
+            return cosine  # a covariance is that of fixed targets
+        return distance_to(self.problem, self.attack)
 
     def _free_targets(self) -> FreeTargets | None:
         """Targets to be optimised with the images, where the attack is made so or the rule is ``joint``."""

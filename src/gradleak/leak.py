@@ -51,7 +51,7 @@ class Leak:
         reconstruction: The rebuilt images, the labels that were used, the matching loss, rounds and seconds.
         doubt: Why the score says nothing; empty where the truth reproduces the update to :data:`REPRODUCED` and
             rounding, or where it cannot be expected to: the client draws its batches, or defends its update.
-        unexplained: Whether the attack failed to fit an undefended update: its matching loss, a cosine distance, is above
+        unexplained: Whether the attack failed to fit an undefended update: the cosine distance that it reached is above
             :data:`gradleak.run.UNEXPLAINED`.
     """
 
@@ -90,9 +90,9 @@ class Leak:
         if self.doubt:
             return f"Not auditable: {self.doubt}. L{score}"
         if self.inconclusive:
-            loss = self.reconstruction.matching_loss
+            away = _cosine_left(self.reconstruction)
             return (
-                f"Inconclusive: the attack did not fit the update (matching loss {loss:.2g}), so a low score proves little; "
+                f"Inconclusive: the attack did not fit the update (cosine distance {away or 0:.2g}), so a low score proves little; "
                 f"l{score}"
             )
         return f"Leak score {self.score:.2f} does not exceed the threshold {self.threshold:.2f}: {found}"
@@ -175,9 +175,6 @@ def measure_leak(
     rebuilt = attack_observation(observation, model, recipe, spec, where, progress=False)
     per_image = _best_ssim(rebuilt.images, truth.images)
     defended = bool(observation.defences) or observation.protocol.transport is not None
-    left = rebuilt.notes.get(
-        "cosine_distance", rebuilt.matching_loss if getattr(recipe, "distance", None) == "cosine" else None
-    )
     return Leak(
         score=_score(per_image),
         per_image=tuple(per_image.tolist()),
@@ -190,7 +187,9 @@ def measure_leak(
         if away <= max(REPRODUCED, _rounding(observation, model)) or defended or _draws(observation)
         else "the truth and the settings given (model, client, mean, std) do not reproduce this update (distance "
         f"{away:.2g}): the score says nothing",
-        unexplained=not defended and left is not None and left > UNEXPLAINED,
+        unexplained=not defended
+        and getattr(recipe, "distance", None) in ("cosine", "whitened")
+        and (_cosine_left(rebuilt) or 0.0) > UNEXPLAINED,
     )
 
 
@@ -215,6 +214,12 @@ def specification(
         raise DataError(f"threshold is {threshold!r}; expected an SSIM in [0, 1]")
     table = {"attack": dict(attack), "seed": seed, "device": device, "memory_limit_mb": memory_limit_mb}
     return parse({**table, "labels": {"rule": labels or "auto"}}, where="audit")
+
+
+def _cosine_left(rebuilt: Reconstruction) -> float | None:
+    """The cosine distance of the reconstruction's update, where the attack's distance is that or a whitened one."""
+    left: float | None = rebuilt.notes.get("cosine_distance", rebuilt.matching_loss)
+    return left
 
 
 def _truth_distance(observation: Observation, model: nn.Module, truth: Truth) -> float:

@@ -26,6 +26,9 @@ SHARE = 0.9
 #: Updates held at once: g, g*, the cotangent, the moved weights, and two temporaries of the distance.
 UPDATES = 6
 
+#: The same of the whitened distance: g* and its factors.
+WHITENED_UPDATES = 2
+
 #: Measured peak over saved activations: temporaries of convolutions, and gradients that are alive while others are freed.
 OVERHEAD = 1.5
 
@@ -85,7 +88,7 @@ def estimate(problem: Problem, attack: Attack, image_model: nn.Module) -> Estima
     return Estimate(
         per_image=kept / count,
         held=client.held_images(problem.batch),
-        updates=UPDATES * client.parameters * size,
+        updates=(UPDATES + (WHITENED_UPDATES if attack.distance == "whitened" else 0)) * client.parameters * size,
         # theta, its gradient, two moments, the state to fall back to, and what the backward pass needs
         image_model=7 * parameters + OVERHEAD * _activations(image_model),
     )

@@ -13,6 +13,7 @@ multiple of the identity. No image of the client is needed: only the labels, W, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -156,7 +157,7 @@ def factors(updates: Iterable[Update]) -> dict[str, Factors]:
     faint = ROUND_OFF**2 * sum(float(t.square().sum()) for t in mean.values()) / numbers
     found = {}
     for name, t in mean.items():
-        if total[name] <= faint * t.numel():
+        if not faint * t.numel() < total[name] < math.inf:  # nor where it is not a number
             found[name] = Factors(0.0)
         elif t.ndim < 2:
             found[name] = Factors(t.numel() / total[name])

@@ -13,7 +13,7 @@ from gradleak.attacks.recipe import Attack, Problem
 from gradleak.errors import SpecError, nearest
 from gradleak.spec import fault
 
-__all__ = ["ATTACKS", "Attack", "CINetAttack", "Problem", "attack", "available"]
+__all__ = ["ATTACKS", "REVISIONS", "Attack", "CINetAttack", "Problem", "attack", "available"]
 
 #: name -> (recipe, one line about it)
 ATTACKS: dict[str, tuple[Attack, str]] = {
@@ -25,6 +25,9 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     **gradinversion.PRESETS,
     **inverting_gradients.PRESETS,
 }
+
+#: name -> how often its defaults have changed; a study's cell of before is then another one.
+REVISIONS = {"cinet": 1}
 
 
 def attack(name: str, **settings: Any) -> Attack:

@@ -17,7 +17,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gradleak import run
-from gradleak.attacks import ATTACKS, attack
+from gradleak.attacks import ATTACKS, REVISIONS, attack
 from gradleak.errors import SpecError
 from gradleak.spec import RunSpec, describe, flat, parse, read_table, set_key, set_value
 from gradleak.study.prepare import PREPARED, Prepare
@@ -404,6 +404,8 @@ def _hash(table: dict[str, Any], seconds: float | None) -> str:
     decides = {key: value for key, value in table.items() if key not in run.INDIFFERENT and key != "matrix"}
     decides["controls"] = table["evaluate"]["controls"]
     decides["seconds"] = seconds
+    if revision := REVISIONS.get(table["attack"]["name"]):
+        decides["revision"] = revision
     text = json.dumps(decides, sort_keys=True, allow_nan=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
