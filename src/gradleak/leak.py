@@ -92,8 +92,8 @@ class Leak:
         if self.inconclusive:
             away = _cosine_left(self.reconstruction)
             return (
-                f"Inconclusive: the attack did not fit the update (cosine distance {away or 0:.2g}), so a low score proves little; "
-                f"l{score}"
+                f"Inconclusive: the attack did not fit the update (cosine distance {away or 0:.2g}), so a low score proves "
+                f"little; l{score}"
             )
         return f"Leak score {self.score:.2f} does not exceed the threshold {self.threshold:.2f}: {found}"
 
