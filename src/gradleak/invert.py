@@ -372,7 +372,7 @@ class _Loop:
         phase = self.plan[self.t]
         if phase.begin is not None and self.plan[self.t - 1] is not phase:
             left = self.best.loss / max(self.history[0]["loss"], sys.float_info.min)
-            if phase.begin(self.shard.gather(self.best.images), left):
+            if phase.begin(self.shard.gather(self.best.images), left, isinstance(self.distance, Whitened)):
                 self.retreat = self._state_to_fall_back_to()
             else:
                 self.left_out.append(self.phases.index(phase))

@@ -30,6 +30,9 @@ from gradleak.lbfgs import LBFGS
 #: Pixels are corrected where the generator brought the matching loss below this share of the first one.
 EXPLAINED = 0.1
 
+#: The same of a whitened loss, which falls about as the squared error of the images does, where the cosine falls faster.
+WHITENED_EXPLAINED = 0.3
+
 #: Longest step of L-BFGS on pixels, as the root mean square of the correction u over all its elements.
 LONGEST_STEP = 0.01
 
@@ -92,10 +95,11 @@ class CINetAttack(Attack):
         theta = list(image_model.generator.parameters())
         lbfgs = LBFGS([image_model.u], lr=LONGEST_STEP)
 
-        def begin(images: Tensor, share: float) -> bool:
-            if share <= EXPLAINED:
+        def begin(images: Tensor, share: float, whitened: bool) -> bool:
+            explained = share <= (WHITENED_EXPLAINED if whitened else EXPLAINED)
+            if explained:
                 image_model.settle(images)
-            return share <= EXPLAINED
+            return explained
 
         return [
             self.phase(theta, self.rounds - self.pixel_rounds, horizon=self.rounds),

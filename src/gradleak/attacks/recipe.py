@@ -74,8 +74,8 @@ class Phase:
         optimiser: A step of it is a round.
         schedule: Stepped after each.
         signed: Whether the optimiser is fed the sign of the gradient.
-        begin: Called before the first of them with the best images so far, B x C x H x W, and their matching loss as a share of
-            the first one. If it returns False, the phase before has these rounds too.
+        begin: Called before the first of them with the best images so far, B x C x H x W, their matching loss as a share of
+            the first one, and whether the distance is whitened. If it returns False, the phase before has these rounds too.
         precise: Whether its rounds are in float32 where the attack's precision is ``mixed``.
     """
 
@@ -83,7 +83,7 @@ class Phase:
     optimiser: torch.optim.Optimizer
     schedule: LambdaLR
     signed: bool = False
-    begin: Callable[[Tensor, float], bool] | None = None
+    begin: Callable[[Tensor, float, bool], bool] | None = None
     precise: bool = False
 
 
