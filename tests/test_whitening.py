@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -114,10 +112,10 @@ def test_large_factors_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.outputs is None, found.inputs is None, found.kernel is None) == (False, True, True)
 
 
-def setting(**simulated: Any) -> tuple[gl.Observation, gl.FedSGD, gl.Truth]:
+def setting() -> tuple[gl.Observation, gl.FedSGD, gl.Truth]:
     truth = gl.Truth(torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(5)), torch.tensor([0, 1, 2, 3]))
     client = gl.FedSGD(gl.build_model(gl.ModelSpec(name="convnet", activation="sigmoid"), image_shape=(3, 16, 16)))
-    return gl.simulate(client, truth, **simulated), client, truth
+    return gl.simulate(client, truth), client, truth
 
 
 def test_the_truth_is_at_distance_zero_and_the_metric_is_repeatable() -> None:

@@ -445,7 +445,7 @@ class _Loop:
             notes["bfloat16"] = self.mixed
         if attack.distance == "whitened":
             notes["whitened"] = isinstance(self.distance, Whitened)
-            away = self._loss(best.images, best.labels, distance=cosine)
+            away = best.loss if self.distance is cosine else self._loss(best.images, best.labels, distance=cosine)
             notes["cosine_distance"] = away if math.isfinite(away) else None
         if client.piece is not None:
             notes["images_at_a_time"] = client.piece
