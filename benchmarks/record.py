@@ -14,13 +14,13 @@ import torch
 from gradleak.evaluate import Evaluation, evaluate
 from gradleak.files import write_atomically
 from gradleak.observation import Truth
-from gradleak.run import versions
+from gradleak.run import device_name, versions
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def provenance(*, seed: int) -> dict[str, Any]:
+def provenance(*, seed: int, device: str = "cpu") -> dict[str, Any]:
     """Command, commit (with ``+`` if the program differs from it), seed, device, threads, versions."""
     script = Path(sys.argv[0]).resolve()
     changed = _git("status", "--porcelain", "--", "src", str(script))
@@ -29,7 +29,7 @@ def provenance(*, seed: int) -> dict[str, Any]:
         "command": command,
         "commit": _git("rev-parse", "--short", "HEAD") + ("+" if changed else ""),
         "seed": seed,
-        "device": "cpu",
+        "device": device_name(torch.device(device)),
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }

@@ -172,11 +172,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=20, help="of each audit, for processes")
     parser.add_argument("--spec", type=Path, help="what is audited, for processes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the points")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    origin = provenance(seed=0)
+    origin = provenance(seed=0, device=options.device)
     rows: list[Row] = []
     for axis in options.axes:
         if axis != "processes":

@@ -8,7 +8,8 @@ most. Each program has a process of its own and waits while another has its turn
 does not. ``units`` is seconds over those of F's forward pass, measured in the same interleaving; ``ratio_vs_baseline`` the
 baseline's median over the program's; ``memory_vs_baseline`` the baseline's memory over the program's. ``peak_memory_mb`` is
 the peak of a fresh process that ran three rounds of one program, less that of one that only built it. ``peak_share`` is the
-share of this machine's best measured convolution rate that F's forward pass reaches.
+share of this machine's best measured convolution rate that F's forward pass reaches. On a GPU (``--device cuda``) the programs
+take turns in one process, and memory is what PyTorch allocated.
 
 The self-checking secant of ``cinet`` runs the exact transpose in its first round and every 200 rounds: the memory has it,
 the median has not. A model is NAME[:WIDTH][@PIXELS]; torchvision's take 256 pixels, the others 32, unless it says so.
@@ -44,6 +45,7 @@ from gradleak.cinet import choose_channels
 from gradleak.invert import _Loop, peak_memory_mb  # the loop itself: a round here is a round of an attack
 from gradleak.labels import Labels
 from gradleak.memory import keep_freed_memory
+from gradleak.mixed import full_float32
 from record import provenance, write_rows
 
 Round = Callable[[], object]
@@ -79,7 +81,8 @@ class PlainGenerator(nn.Module):
         pairs = list(zip([channels, *widths], widths, strict=False))
         self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for i, o in pairs for a, b in ((i, o), (o, o)))
         self.norms = nn.ModuleList(nn.BatchNorm2d(o) for _, o in pairs for _ in range(2))
-        self.u = [torch.randn(1, c.out_channels) for c in self.convolutions]
+        for i, c in enumerate(self.convolutions):
+            self.register_buffer(f"u{i}", torch.randn(1, c.out_channels))
         self.to_rgb = nn.Conv2d(widths[-1], 3, 1)
 
     def forward(self) -> Tensor:
@@ -90,9 +93,10 @@ class PlainGenerator(nn.Module):
             w = convolution.weight
             matrix = w.view(w.size(0), -1)
             with torch.no_grad():
-                v = F.normalize(self.u[i] @ matrix)
-                self.u[i] = F.normalize(v @ matrix.t())
-            sigma = (v @ matrix.t() @ self.u[i].t()).squeeze()
+                u = self.get_buffer(f"u{i}")
+                v = F.normalize(u @ matrix)
+                u.copy_(F.normalize(v @ matrix.t()))
+            sigma = (v @ matrix.t() @ u.t()).squeeze()
             x = F.leaky_relu(norm(F.conv2d(x, w / sigma, convolution.bias, padding=1)), 0.1)
         return torch.tanh(self.to_rgb(x))
 
@@ -103,7 +107,7 @@ def baseline(setting: Setting) -> Round:
     observed = [problem.observed[name] for name, _ in model.named_parameters()]
     rule = {"batch": problem.batch, "image_shape": problem.image_shape, "update_size": problem.client.parameters}
     channels = setting.channels or choose_channels("reference", **rule)
-    generator = PlainGenerator(problem.batch, problem.image_shape[-1], channels)
+    generator = PlainGenerator(problem.batch, problem.image_shape[-1], channels).to(problem.labels.device)
     optimiser = torch.optim.Adam(generator.parameters(), lr=1e-3)
 
     def run() -> None:
@@ -151,7 +155,7 @@ def model_spec(model: str) -> tuple[gl.ModelSpec, int]:
     return gl.ModelSpec(name=name, width=int(width) if width else None, activation="sigmoid"), size
 
 
-def setting(model: str, batch: int, *, channels: int | None = None) -> Setting:
+def setting(model: str, batch: int, *, channels: int | None = None, device: str = "cpu") -> Setting:
     """F and an update to match: that of two random images, whatever B. Its values change no cost, and the gradient of the
     whole batch would hide the memory of a round in that of building it.
     """
@@ -162,8 +166,14 @@ def setting(model: str, batch: int, *, channels: int | None = None) -> Setting:
     client = gl.FedSGD(network)
     observation = gl.simulate(client, gl.Truth(images[:2], labels[:2]))
     observation = dataclasses.replace(observation, batch=batch, labels=labels)
-    problem = Problem(observation=observation, client=client, observed=observation.update, labels=labels, gain_sensitivity=0.0)
-    return Setting(network, images, problem, channels)
+    problem = Problem(
+        observation=observation,
+        client=client.to(device),
+        observed={name: t.to(device) for name, t in observation.update.items()},
+        labels=labels.to(device),
+        gain_sensitivity=0.0,
+    )
+    return Setting(network.to(device), images.to(device), problem, channels)
 
 
 def build(program: str, shared: Setting) -> Round:
@@ -172,14 +182,20 @@ def build(program: str, shared: Setting) -> Round:
     if program == FORWARD:
         shared.model.train()
         return lambda: shared.model(shared.images)
-    if program != "baseline":
+    if program != "baseline" and shared.images.device.type == "cpu":
         keep_freed_memory()  # as an attack does
     return PROGRAMS[program](shared)
 
 
 @contextmanager
-def processes(programs: list[str], model: str, batch: int, channels: int | None) -> Iterator[dict[str, Callable[[], float]]]:
-    """Program -> a function that has it do one round in a process of its own, and gives the seconds."""
+def processes(
+    programs: list[str], model: str, batch: int, channels: int | None, device: str
+) -> Iterator[dict[str, Callable[[], float]]]:
+    """Program -> a function that has it do one round in a process of its own, and gives the seconds; on a GPU in this one."""
+    if device != "cpu":
+        shared = setting(model, batch, channels=channels, device=device)
+        yield {program: partial(seconds, build(program, shared)) for program in programs}
+        return
     context, started = multiprocessing.get_context("spawn"), []
 
     def start(program: str) -> Callable[[], float]:
@@ -227,20 +243,23 @@ def in_turns(timed: Mapping[str, Callable[[], float]], *, repeats: int, warm_up:
     return times
 
 
-def convolution_peak() -> float:
-    """The best rate of a 3x3 convolution on this machine, in FLOP/s, over sizes that ResNets have."""
-    best = 0.0
+def convolution_peak(device: str = "cpu") -> float:
+    """The best rate of a 3x3 convolution on this device, in FLOP/s, over sizes that ResNets have."""
+    best, calls = 0.0, 1 if device == "cpu" else 50  # a GPU does one in the time of its launch
     for channels, size in ((64, 32), (128, 16), (256, 8), (512, 4)):
-        x, w = torch.randn(64, channels, size, size), torch.randn(channels, channels, 3, 3)
-        times = [seconds(lambda x=x, w=w: F.conv2d(x, w, padding=1)) for _ in range(8)]
+        x, w = torch.randn(64, channels, size, size).to(device), torch.randn(channels, channels, 3, 3).to(device)
+        times = [seconds(lambda x=x, w=w: [F.conv2d(x, w, padding=1) for _ in range(calls)]) / calls for _ in range(8)]
         best = max(best, 2 * 9 * channels**2 * size**2 * 64 / min(times))
     return best
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Wall time of one call."""
+    """Wall time of one call; a GPU is done with everything before and after."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    wait()
     start = time.perf_counter()
     run()
+    wait()
     return time.perf_counter() - start
 
 
@@ -253,8 +272,17 @@ def forward_flops(model: nn.Module, images: Tensor) -> float:
     return float(counter.get_total_flops())
 
 
-def extra_memory(program: str, model: str, batch: int, *, channels: int | None = None) -> float:
-    """Peak memory of three rounds over that of a process that built the program only, in MiB, each in a fresh process."""
+def extra_memory(program: str, model: str, batch: int, *, channels: int | None = None, device: str = "cpu") -> float:
+    """Peak memory of three rounds over that of a process that built the program only, in MiB, each in a fresh process; on a GPU
+    over what is allocated before them.
+    """
+    if device != "cpu":
+        run = build(program, setting(model, batch, channels=channels, device=device))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+        for _ in range(3):
+            run()
+        return peak_memory_mb(torch.device(device)) - before
     peaks = []
     for rounds in (0, 3):
         probe = [program, model, str(batch), str(channels or 0), str(rounds), str(torch.get_num_threads())]
@@ -273,16 +301,27 @@ def probe(program: str, model: str, batch: str, channels: str, rounds: str, thre
     return peak_memory_mb(torch.device("cpu"))
 
 
+@full_float32()
 def measure(
-    model: str, batch: int, *, programs: list[str], repeats: int, memory: bool, channels: int | None = None
+    model: str,
+    batch: int,
+    *,
+    programs: list[str],
+    repeats: int,
+    memory: bool,
+    channels: int | None = None,
+    device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """Rows of the programs for one model and batch."""
-    shared = setting(model, batch, channels=channels)
-    with processes([*programs, FORWARD], model, batch, channels) as timed:
-        times = in_turns(timed, repeats=repeats)
+    shared = setting(model, batch, channels=channels, device=device)
+    with processes([*programs, FORWARD], model, batch, channels, device) as timed:
+        times = in_turns(timed, repeats=repeats, warm_up=1 if device == "cpu" else 3)
     medians = {program: statistics.median(values) for program, values in times.items()}
-    share = forward_flops(shared.model, shared.images) / medians[FORWARD] / convolution_peak()
-    peaks = {program: extra_memory(program, model, batch, channels=channels) for program in programs} if memory else {}
+    share = forward_flops(shared.model, shared.images) / medians[FORWARD] / convolution_peak(device)
+    if memory:
+        peaks = {program: extra_memory(program, model, batch, channels=channels, device=device) for program in programs}
+    else:
+        peaks = {}
 
     def ratio(values: dict[str, float], program: str) -> float | None:
         return round(values["baseline"] / values[program], 3) if "baseline" in values and values[program] > 0 else None
@@ -317,6 +356,7 @@ def shown(model: str, batch: int, options: argparse.Namespace) -> Iterator[dict[
         repeats=options.repeats,
         memory=not options.no_memory,
         channels=options.channels,
+        device=options.device,
     ):
         print(line(row), flush=True)
         yield row
@@ -349,6 +389,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--channels", type=int, help="the generators' width; left out: by each recipe's rule")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--probe", nargs=6, help=argparse.SUPPRESS)
@@ -357,7 +398,7 @@ def main(argv: list[str] | None = None) -> None:
         print(probe(*options.probe))
         return
     torch.set_num_threads(options.threads)
-    origin, rows = provenance(seed=0), []
+    origin, rows = provenance(seed=0, device=options.device), []
     print(HEAD)
     for model in options.models:
         for batch in options.batches:

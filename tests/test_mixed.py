@@ -33,7 +33,7 @@ def client() -> FedSGD:
 def test_the_update_is_that_of_float32_but_for_the_convolutions_last_digits(client: FedSGD) -> None:
     x, y = torch.rand(4, 3, 16, 16), torch.arange(4)
     whole, transpose = client.vjp(x, y, engine=secant)
-    with mixed.rounds(True):
+    with mixed.rounds(True, torch.device("cpu")):
         half, other = client.vjp(x, y, engine=secant)
     changed = set()
     for name, tensor in whole.items():
@@ -42,7 +42,7 @@ def test_the_update_is_that_of_float32_but_for_the_convolutions_last_digits(clie
         changed |= {name} if error > 1e-4 else set()
     assert changed
     assert all(isinstance(client.model.get_submodule(name.rpartition(".")[0]), nn.Conv2d) for name in changed)
-    with mixed.rounds(True):
+    with mixed.rounds(True, torch.device("cpu")):
         torch.testing.assert_close(other(whole), transpose(whole))
 
 
@@ -60,7 +60,7 @@ def test_every_convolution_gives_its_own_output_and_gradients(convolution: nn.Co
     x = torch.rand(2, 4, 12, 12, requires_grad=True)
     parameters = [x, *convolution.parameters()]
     plain = convolution(x)
-    with mixed.rounds(True), mixed.weight_gradients():
+    with mixed.rounds(True, torch.device("cpu")), mixed.weight_gradients():
         y = convolution(x)
     torch.testing.assert_close(y, plain)
     wanted, found = (torch.autograd.grad((out * out.detach().cos()).sum(), parameters) for out in (plain, y))
@@ -70,7 +70,7 @@ def test_every_convolution_gives_its_own_output_and_gradients(convolution: nn.Co
 
 
 def test_nothing_changes_outside() -> None:
-    with mixed.rounds(False), mixed.weight_gradients():
+    with mixed.rounds(False, torch.device("cpu")), mixed.weight_gradients():
         y = nn.Conv2d(3, 4, 3)(torch.rand(1, 3, 8, 8))
     assert y.grad_fn is not None
     assert "Convolution" in type(y.grad_fn).__name__

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
 import gradleak as gl
-from gradleak import whitening
+from gradleak import mixed, whitening
 from gradleak.attacks import attack
 from gradleak.defences import Gaussian
 from gradleak.distance import cosine
@@ -30,7 +32,7 @@ def dense(found: Factors, shape: tuple[int, ...]) -> Tensor:
 
 @pytest.fixture(scope="module")
 def metric() -> dict[str, Factors]:
-    return factors(update(seed) for seed in range(10))
+    return factors((update(seed) for seed in range(10)), damping=0.01)
 
 
 def test_each_matrix_is_symmetric_and_positive(metric: dict[str, Factors]) -> None:
@@ -91,7 +93,7 @@ def test_updates_of_a_kronecker_covariance_become_white() -> None:
         torch.einsum("xo,yi,zk,oik->xyz", a, b, c, torch.randn(3, 4, 2, generator=generator, dtype=torch.float64))
         for _ in range(4000)
     ]
-    (found,) = factors({"w": 5 + s} for s in samples).values()
+    (found,) = factors(({"w": 5 + s} for s in samples), damping=0.01).values()
     covariance = torch.cov(torch.stack([s.flatten() for s in samples]).T)
     before, after = torch.linalg.eigvalsh(covariance), torch.linalg.eigvals(dense(found, (3, 4, 2)) @ covariance).real
     assert before.max() / before.min() > 1000
@@ -101,14 +103,14 @@ def test_updates_of_a_kronecker_covariance_become_white() -> None:
 def test_what_the_images_do_not_change_is_left_out() -> None:
     """A tensor of round-off, such as the gradient of a bias before a batch norm, would else weigh as much as the others."""
     noise = [{"w": update(k)["conv"], "b": 1e-9 * update(k)["bias"]} for k in range(5)]
-    found = factors(noise)
+    found = factors(noise, damping=0.01)
     assert found["b"].scale == 0
     assert found["w"].scale > 0
 
 
 def test_large_factors_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whitening, "LARGEST", 5)
-    found = factors({"w": update(k)["linear"]} for k in range(5))["w"]
+    found = factors(({"w": update(k)["linear"]} for k in range(5)), damping=0.01)["w"]
     assert (found.outputs is None, found.inputs is None, found.kernel is None) == (False, True, True)
 
 
@@ -155,3 +157,38 @@ def test_a_defended_update_is_compared_by_the_cosine() -> None:
     update = client(found.images, truth.labels)
     assert found.notes["cosine_distance"] == pytest.approx(found.matching_loss, rel=1e-6)
     assert cosine(update, observation.update)[0] > 0
+
+
+def test_the_metric_is_in_float32_also_where_mixed_rounds_make_it() -> None:
+    observation, client, truth = setting()
+    plain = whitened(client, truth.labels, observation.update, (3, 16, 16))
+    with mixed.rounds(True, torch.device("cpu")):
+        made_inside = whitened(client, truth.labels, observation.update, (3, 16, 16))
+    for name, factor in plain.factors.items():
+        assert factor.scale == made_inside.factors[name].scale
+    assert all(torch.equal(made_inside.whitened[name], t) for name, t in plain.whitened.items())
+
+
+@pytest.mark.parametrize("batch", [1, 4, 64])
+def test_a_larger_batch_has_less_damping(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    monkeypatch.setattr(whitening, "factors", lambda updates, damping: used.append(damping) or {})
+    monkeypatch.setattr(whitening, "Whitened", lambda found, observed: found)
+    whitened(setting()[1], torch.zeros(batch, dtype=torch.long), {}, (3, 16, 16))
+    assert used == [whitening.DAMPING / batch]
+
+
+def test_the_metric_is_made_before_the_rounds_own_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both at a time would take twice the memory of a round."""
+    observation, client, truth = setting()
+    calls = []
+    loop = sys.modules["gradleak.invert"]  # gl.invert is its function
+    own, made = client.vjp, loop.distance_to
+    monkeypatch.setattr(client, "last", lambda matched: client)
+    monkeypatch.setattr(client, "to", lambda *_: client)
+    monkeypatch.setattr(client, "vjp", lambda *a, **k: calls.append("round") or own(*a, **k))
+    monkeypatch.setattr(loop, "distance_to", lambda *a: calls.append("metric") or made(*a))
+    recipe = attack("cinet", rounds=2, channels=8)
+    gl.invert(observation, recipe, client=client, labels=Labels(truth.labels, "known"), progress=False)
+    assert calls[:2] == ["metric", "round"]
+    assert calls.count("metric") == 1

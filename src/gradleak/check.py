@@ -7,10 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from gradleak import mixed
 from gradleak.attacks.recipe import GAIN_BLIND
 from gradleak.evaluate import IMAGE_BLIND
 from gradleak.invariance import image_sensitivity
-from gradleak.run import attack_observation, prepare, simulate_client
+from gradleak.run import attack_observation, device_name, prepare, simulate_client
 from gradleak.spec import RunSpec
 from gradleak.theory import total_variation_limit
 
@@ -112,6 +113,7 @@ class Check:
         return f"{text}; this attack's, {self.total_variation:g}, is {side} it"
 
 
+@mixed.full_float32()
 def check(spec: RunSpec) -> Check:
     """Simulate the client, run two rounds of the attack, and say what a whole run would take."""
     recipe, device = prepare(spec)
@@ -136,7 +138,7 @@ def check(spec: RunSpec) -> Check:
         rounds=1 if len(seconds) == 2 else recipe.rounds * recipe.repeat,
         seconds_per_round=seconds[-1] - seconds[-2],
         peak_memory_mb=reconstruction.peak_memory_mb,
-        device=str(device),
+        device=device_name(device),
     )
 
 

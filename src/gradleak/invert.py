@@ -114,6 +114,7 @@ class Progress:
 Watcher = Callable[[Progress], None]
 
 
+@mixed.full_float32()
 def invert(
     observation: Observation,
     attack: Attack,
@@ -335,8 +336,9 @@ class _Loop:
             self.engine.size = self.shard.norm
         image_model = attack.image_model(problem).to(next(iter(problem.client.weights.values())))
         self.image_model = self.shard.own(image_model)
-        # the batch norm over several processes is written for one precision
+        # the batch norm over several processes is written for one precision; a GPU's faster one has no secant
         self.mixed = attack.precision == "mixed" and mixed.supported(self.device.type) and self.shard.world == 1
+        self.mixed &= self.device.type == "cpu" or attack.engine != "secant"
         self.natural = attack.gain == "natural" and problem.gain_blind
         self.targets = self._free_targets()
         # DLG's optimiser steps both; with the rule ``joint`` the targets have one of their own
@@ -380,7 +382,7 @@ class _Loop:
                 phase = self.plan[self.t]
         rate = phase.optimiser.param_groups[0]["lr"]
         try:
-            with mixed.rounds(self.mixed and not phase.precise):
+            with mixed.rounds(self.mixed and not phase.precise, self.device):
                 loss = float(phase.optimiser.step(lambda: self._evaluate(phase)))
         except _NotFinite as fault:
             return self._fall_back(fault)
@@ -442,7 +444,7 @@ class _Loop:
                 "relative_error": self.engine.error if math.isfinite(self.engine.error) else None,
             }
         if attack.precision == "mixed":
-            notes["bfloat16"] = self.mixed
+            notes["tf32" if self.device.type == "cuda" else "bfloat16"] = self.mixed
         if attack.distance == "whitened":
             notes["whitened"] = isinstance(self.distance, Whitened)
             away = best.loss if self.distance is cosine else self._loss(best.images, best.labels, distance=cosine)
@@ -541,6 +543,7 @@ class _Loop:
         everything = [*self.image_model.parameters(), *([] if self.targets is None else self.targets.parameters())]
         for p in everything:
             p.grad = None
+        _ = self.distance  # made before this round's tensors take memory
         with self.shard.synchronised(), mixed.image_model(self.device):
             images = self.image_model()
         images = images.to(next(iter(self.problem.observed.values())))
@@ -582,6 +585,7 @@ class _Loop:
             y = self.targets()
             update, both = client.joint_vjp(member, y, engine=self.engine)
         loss, cotangent = self.distance(update, self.problem.observed)
+        del update  # as large as the model
         loss = self.shard.same(loss)
         if not math.isfinite(loss):
             raise _NotFinite(loss)

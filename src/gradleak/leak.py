@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradleak import metrics
+from gradleak import metrics, mixed
 from gradleak.client import operator
 from gradleak.distance import DISTANCES, norm
 from gradleak.errors import DataError, SpecError
@@ -116,6 +116,7 @@ class Leak:
         }
 
 
+@mixed.full_float32()
 def measure_leak(
     observation: Observation,
     model: nn.Module,

@@ -151,7 +151,7 @@ def _run_cells(
         "image_shape": list(truth.images.shape[1:]),
         "rows": [],
         "seed": spec.seed,
-        "device": str(device),
+        "device": run.device_name(device),
         "threads": torch.get_num_threads(),
         "versions": run.versions(),
         "partial": False,

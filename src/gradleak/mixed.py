@@ -1,8 +1,11 @@
-"""Rounds that are partly in bfloat16: half the time for these parts on processors that have the instructions.
+"""Which parts of a round are in a faster format, and that no other is in less than float32.
 
-The image model is, whatever images it makes: F sees them in float32. So are the gradients of F's convolution weights, the only
-part of the secant that is not divided by its small step. Numbers are rounded to 8 bits and summed in float32, so that the
-rounding averages out: the update's relative error is below a thousandth (docs/performance.md).
+On processors, rounds can be partly in bfloat16: half the time for these parts where there are the instructions. The image model
+is, whatever images it makes: F sees them in float32. So are the gradients of F's convolution weights, the only part of the
+secant that is not divided by its small step. Numbers are rounded to 8 bits and summed in float32, so that the rounding averages
+out: the update's relative error is below a thousandth (docs/performance.md).
+
+On GPUs all convolutions of such a round are in TF32, 11 bits, and the transpose is the exact one: a secant would be lost in it.
 """
 
 from __future__ import annotations
@@ -18,16 +21,59 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _in_use: ContextVar[bool] = ContextVar("mixed", default=False)
+_tf32: ContextVar[bool] = ContextVar("tf32", default=False)
+_cudnn: Any = torch.backends.cudnn
 
 
 @contextmanager
-def rounds(mixed: bool) -> Iterator[None]:
-    """Inside, :func:`image_model` and :func:`weight_gradients` are in bfloat16, or not."""
-    token = _in_use.set(mixed)
+def full_float32() -> Iterator[None]:
+    """Inside, CUDA computes float32 convolutions and matrix products in float32, by kernels that give the same bits again.
+
+    By default cuDNN rounds the numbers of convolutions to the 11 bits of TF32: more than the step of the secant changes them.
+    Also a decorator.
+    """
+    if not torch.cuda.is_available():
+        yield
+        return
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision, _cudnn.deterministic
+    products.fp32_precision, _cudnn.deterministic = "ieee", True
+    try:
+        with _convolutions("ieee"):
+            yield
+    finally:
+        products.fp32_precision, _cudnn.deterministic = before
+
+
+@contextmanager
+def rounds(mixed: bool, device: torch.device) -> Iterator[None]:
+    """Inside, a CUDA device's convolutions are in TF32; elsewhere :func:`image_model` and :func:`weight_gradients` are in
+    bfloat16. Or neither.
+    """
+    on_gpu = device.type == "cuda"
+    token, other = _in_use.set(mixed and not on_gpu), _tf32.set(mixed and on_gpu)
+    try:
+        with _convolutions("tf32" if mixed else "ieee") if on_gpu else nullcontext():
+            yield
+    finally:
+        _in_use.reset(token)
+        _tf32.reset(other)
+
+
+@contextmanager
+def _convolutions(precision: str) -> Iterator[None]:
+    """CUDA's float32 convolutions inside are in ``ieee`` or ``tf32``, in the whole process."""
+    before = _cudnn.conv.fp32_precision
+    _cudnn.conv.fp32_precision = precision
     try:
         yield
     finally:
-        _in_use.reset(token)
+        _cudnn.conv.fp32_precision = before
+
+
+def tf32() -> bool:
+    """Whether convolutions are in TF32 here."""
+    return _tf32.get()
 
 
 def image_model(device: torch.device) -> AbstractContextManager[Any]:
@@ -42,7 +88,9 @@ def weight_gradients() -> AbstractContextManager[Any]:
 
 @functools.cache
 def supported(device: str) -> bool:
-    """Whether the device computes in bfloat16 faster than in float32: processors with AVX-512 BF16 or AMX."""
+    """Whether the device has the faster format: GPUs with TF32, processors with AVX-512 BF16 or AMX."""
+    if device == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
     if device != "cpu":
         return False  # not measured
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

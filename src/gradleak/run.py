@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradleak import data, models, sharded
+from gradleak import data, mixed, models, sharded
 from gradleak.attacks import Attack, attack
 from gradleak.attacks.recipe import GAIN_BLIND
 from gradleak.checkpoint import Checkpoint, digest
@@ -414,6 +414,7 @@ def _evaluate_run(folder: Path, truth: Truth, *, lpips: str, redact: bool, force
     return result
 
 
+@mixed.full_float32()
 def attack_observation(
     observation: Observation,
     model: nn.Module,
@@ -479,6 +480,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device(wanted)
 
 
+def device_name(device: torch.device) -> str:
+    """What a result says of its device: ``cpu``, or ``cuda:0, NVIDIA ...``."""
+    return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
+
+
 def resolve(spec: RunSpec, recipe: Attack) -> RunSpec:
     """The specification with every setting of the attack written out."""
     defences = [defence.spec for defence in defences_of(spec.defence)]
@@ -486,6 +492,7 @@ def resolve(spec: RunSpec, recipe: Attack) -> RunSpec:
     return spec.model_copy(update={"attack": written, "defence": defences})
 
 
+@mixed.full_float32()
 def describe(
     spec: RunSpec,
     recipe: Attack,
@@ -530,7 +537,7 @@ def describe(
         "interrupted": None,
         "warnings": list(reconstruction.warnings),
         "seed": spec.seed,
-        "device": str(device),
+        "device": device_name(device),
         "processes": sharded.count(),
         "threads": torch.get_num_threads(),
         "versions": versions(),

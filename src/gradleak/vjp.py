@@ -167,6 +167,8 @@ class SelfChecking:
         self.trusted, self.error = False, 0.0
 
     def __call__(self, loss: Loss, weights: Update, images: Tensor) -> tuple[Update, Transpose]:
+        if mixed.tf32():  # it rounds the weights more than the step moves them
+            return exact(loss, weights, images)
         check = self._calls % self.every == 0
         self._calls += 1
         if not check:

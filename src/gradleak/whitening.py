@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradleak import mixed
 from gradleak.client import ClientOperator
 from gradleak.image_model import photographic
 from gradleak.observation import Update
@@ -27,8 +28,9 @@ from gradleak.observation import Update
 #: Batches of random images from which the covariance is taken.
 SAMPLES = 8
 
-#: Added to each factor, as a share of its largest eigenvalue.
-DAMPING = 0.01
+#: Added to each factor, as a share of its largest eigenvalue, is this over B: few images are better found with more of it, and
+#: many with less (docs/experiments.md).
+DAMPING = 0.5
 
 #: Factors with more rows are taken as the identity: their eigenvalues would cost more than the attack.
 LARGEST = 2048
@@ -96,11 +98,12 @@ class Whitened:
         if self.size == 0:
             return 1.0, {name: torch.zeros_like(t) for name, t in observed.items()}
         c = _dot(update, self.whitened) / self.size**2
-        cotangent, squared = {}, 0.0
+        cotangent, products = {}, []
         for name, target in observed.items():
             e = torch.sub(update[name], target, alpha=c)
             cotangent[name] = self.factors[name](e)
-            squared += float(torch.dot(e.flatten(), cotangent[name].flatten()))
+            products.append(torch.dot(e.flatten(), cotangent[name].flatten()))
+        squared = _total(products)
         along = c * self.size
         length = (along**2 + squared) ** 0.5
         if length == 0:
@@ -129,11 +132,17 @@ def whitened(client: ClientOperator, labels: Tensor, observed: Update, image_sha
             update = client(images.to(next(iter(client.weights.values()))), labels)
             yield {name: update[name] for name in observed}
 
-    return Whitened(factors(sent()), observed)
+    with mixed.rounds(False, labels.device):  # it serves the rounds in float32 too
+        return Whitened(factors(sent(), damping=DAMPING / len(labels)), observed)
 
 
-def factors(updates: Iterable[Update]) -> dict[str, Factors]:
-    """M from two or more updates of random images: the inverse of their covariance about their mean, tensor by tensor."""
+def factors(updates: Iterable[Update], *, damping: float) -> dict[str, Factors]:
+    """M from two or more updates of random images: the inverse of their covariance about their mean, tensor by tensor.
+
+    Args:
+        updates: Of the same names and shapes.
+        damping: Added to each factor of the covariance, as a share of its largest eigenvalue; positive.
+    """
     mean: Update = {}
     scatter: dict[str, list[Tensor | None]] = {}
     total: dict[str, float] = {}
@@ -154,7 +163,7 @@ def factors(updates: Iterable[Update]) -> dict[str, Factors]:
                     for old, new in zip(scatter[name], _squares(_three(deviation)), strict=True)
                 ]
     numbers = sum(t.numel() for t in mean.values())
-    faint = ROUND_OFF**2 * sum(float(t.square().sum()) for t in mean.values()) / numbers
+    faint = ROUND_OFF**2 * _dot(mean, mean) / numbers
     found = {}
     for name, t in mean.items():
         if not faint * t.numel() < total[name] < math.inf:  # nor where it is not a number
@@ -171,7 +180,7 @@ def factors(updates: Iterable[Update]) -> dict[str, Factors]:
                     continue
                 values, vectors = torch.linalg.eigh(square.double())
                 values = values.clamp_min(0)
-                inverse = 1 / (values / values[-1] + DAMPING)
+                inverse = 1 / (values / values[-1] + damping)
                 expected *= float((values * inverse).sum() / values.sum())
                 inverses.append(((vectors * inverse) @ vectors.T).to(t.dtype))
             found[name] = Factors(t.numel() / expected, *inverses)
@@ -193,4 +202,9 @@ def _squares(g: Tensor) -> list[Tensor | None]:
 
 def _dot(a: Update, b: Update) -> float:
     """Sum over the tensors of b."""
-    return float(sum(torch.dot(a[name].flatten(), t.flatten()).double() for name, t in b.items()))
+    return _total([torch.dot(a[name].flatten(), t.flatten()) for name, t in b.items()])
+
+
+def _total(numbers: list[Tensor]) -> float:
+    """Sum in float64; one transfer from a GPU, which would stand still at each."""
+    return float(torch.stack(numbers).double().sum())
