@@ -124,7 +124,7 @@ def test_medians_and_ratios_of_censored_times_are_bounds(program: Any) -> None:
 
 
 def test_scaling_fits_slopes_and_reads_what_audits_cost(program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program("step"), "convolution_peak", lambda: 1e10)
+    monkeypatch.setattr(program("step"), "convolution_peak", lambda device: 1e10)
     scaling = program("scaling")
     assert scaling.fit([1, 2, 4], [3, 6, 12]) == (1.0, 1.0)
     monkeypatch.setattr(scaling, "LAUNCHERS", {"one process": ["-m", "gradleak"], "two processes": ["-m", "gradleak.nothing"]})

@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradleak.attacks import attack
+from gradleak.attacks import CINetAttack, attack
 from gradleak.checkpoint import Checkpoint
 from gradleak.client import FedSGD, simulate
 from gradleak.data import load
 from gradleak.image_model import BRIGHTNESS, Corrected, photographic
-from gradleak.invert import Reconstruction, invert
+from gradleak.invert import Reconstruction, _Loop, invert
 from gradleak.labels import Labels, recover
 from gradleak.observation import Truth
+from gradleak.prior import total_variation
+from gradleak.sharded import WHOLE
 from gradleak.spec import DataSpec
 
 
@@ -132,3 +134,28 @@ def test_fewer_channels_are_corrected_too(truth: Truth) -> None:
     assert found.images.shape == (2, 1, 16, 16)
     assert isinstance(found.images, Tensor)
     assert found.rounds == 60
+
+
+def test_a_relative_prior_makes_smoother_images_and_the_history_is_that_of_the_loss(client: FedSGD, truth: Truth) -> None:
+    plain, smooth = (run(client, truth, relative_total_variation=tau) for tau in (0.0, 3.0))
+    begin = plain.rounds - round(CINetAttack().pixel_share * plain.rounds)
+    losses = [[row["loss"] for row in rebuilt.history] for rebuilt in (plain, smooth)]
+    assert losses[0][: begin + 1] == losses[1][: begin + 1]
+    assert losses[0][begin + 2 :] != losses[1][begin + 2 :]
+    assert all(loss > 0 for loss in losses[1])  # not the logarithm that is minimised
+    assert losses[1][-1] < losses[1][begin]
+    assert total_variation(smooth.images) < total_variation(plain.images)
+
+
+def test_the_relative_prior_has_the_gradient_of_its_logarithm() -> None:
+    """And does not change with the unit of the loss: what is added is tau times that of log TV."""
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(3 * total_variation(images).log(), images)
+    loop = object.__new__(_Loop)
+    loop.shard = WHOLE
+    value = loop._smooth(images, 3.0)
+    assert value == pytest.approx(3 * float(total_variation(images.detach()).log()))
+    assert images.grad is not None
+    torch.testing.assert_close(images.grad, expected)
+    assert loop._smooth(torch.zeros(1, 3, 8, 8, requires_grad=True), 3.0) == 0

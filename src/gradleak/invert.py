@@ -31,6 +31,7 @@ from gradleak.invariance import bright_gain, gain_sensitivity, hold_gain
 from gradleak.labels import Labels
 from gradleak.memory import fit, is_out_of_memory, keep_freed_memory
 from gradleak.observation import Observation
+from gradleak.prior import total_variation
 from gradleak.sharded import shard
 from gradleak.targets import FreeTargets
 from gradleak.vjp import SelfChecking, engine
@@ -353,6 +354,7 @@ class _Loop:
             adam = torch.optim.Adam(self.targets.parameters(), lr=TARGET_RATE)
             self.target_phase = Phase(self.rounds, adam, LambdaLR(adam, schedule_factor(attack.schedule, self.rounds)))
         self.stopped, self.interrupted = "", ""
+        self.losses: list[float] = []  # of this round's evaluations
         self.best, self.images = _Best(), torch.empty(0)
         self.history: list[dict[str, float]] = []
         self.snapshots: dict[int, Tensor] = {}
@@ -383,7 +385,8 @@ class _Loop:
         rate = phase.optimiser.param_groups[0]["lr"]
         try:
             with mixed.rounds(self.mixed and not phase.precise, self.device):
-                loss = float(phase.optimiser.step(lambda: self._evaluate(phase)))
+                self.losses.clear()
+                phase.optimiser.step(lambda: self._evaluate(phase))
         except _NotFinite as fault:
             return self._fall_back(fault)
         except (MemoryError, RuntimeError) as fault:
@@ -397,7 +400,7 @@ class _Loop:
         self.attack.project(self.image_model)
         self.t += 1
         self.best.round_done(self.t)
-        self.history.append({"round": self.t, "loss": loss, "learning_rate": rate, "seconds": self.seconds})
+        self.history.append({"round": self.t, "loss": self.losses[0], "learning_rate": rate, "seconds": self.seconds})
         if self.t in self._snapshot_rounds:
             member = self.images.chunk(self.attack.group)[0]
             self.snapshots[self.t] = self.shard.gather(member).half().cpu()
@@ -552,18 +555,35 @@ class _Loop:
         penalty = self.attack.prior(images, self.problem)
         if penalty is not None:
             (self.shard.share * penalty).backward(retain_graph=True)
+        tau = phase.relative_total_variation
         losses, cotangents = [], []
         for member in images.chunk(self.attack.group):
             loss, cotangent = self._match(member)
             losses.append(loss)
+            if tau and loss > 0:
+                cotangent = cotangent / loss  # that of log D
             cotangents.append(hold_gain(member, cotangent, shard=self.shard) if self.natural else cotangent)
+        value = min(losses)
+        self.losses.append(value)
+        if tau:
+            value = math.log(max(value, sys.float_info.min)) + self._smooth(images, tau)
         images.backward(torch.cat(cotangents))
         self.shard.sum_([p.grad for p in everything if p.grad is not None])
         if phase.signed:
             for p in (p for group in phase.optimiser.param_groups for p in group["params"]):
                 if p.grad is not None:
                     p.grad.sign_()
-        return min(losses)
+        return value
+
+    def _smooth(self, images: Tensor, tau: float) -> float:
+        r""":math:`\tau \log \mathrm{TV}(x)`, whose gradient it adds to the parameters'; TV is that of all processes' images."""
+        own = self.shard.share * total_variation(images)
+        whole = own.detach().clone()
+        self.shard.sum_([whole])
+        if not whole > 0:
+            return 0.0
+        (tau * own / whole).backward(retain_graph=True)
+        return tau * math.log(whole)
 
     def _loss(self, images: Tensor, labels: Tensor, *, distance: Distance | None = None) -> float:
         """The matching loss, or another distance; infinity where it is not finite, or memory does not suffice."""

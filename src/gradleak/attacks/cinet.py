@@ -56,6 +56,8 @@ class CINetAttack(Attack):
         pixel_share: Share of the rounds, the last ones, in which L-BFGS corrects the pixels of what the generator made
             (:class:`gradleak.image_model.Corrected`). The learning rate's schedule is that of all rounds. The generator has
             these rounds too in a group, with targets that are fitted, and where it left too much of the update unexplained.
+        relative_total_variation: :math:`\tau` in :math:`D\,\mathrm{TV}^\tau`, which the rounds on pixels minimise: one per cent
+            less total variation is worth :math:`\tau` per cent of the loss, however small that is. 0: the loss alone.
 
     The choices are those of appendix B (:class:`gradleak.cinet.CINet`). The defaults are our fastest good recipe, ``cinet``:
     the whitened distance, Adam on signs with cosine decay, SiLU, sigmoid output, no spectral norm.
@@ -76,6 +78,7 @@ class CINetAttack(Attack):
     residual: bool = False
     convolutions: int = Field(default=2, ge=1, le=8)
     pixel_share: float = Field(default=0.35, ge=0, lt=1)
+    relative_total_variation: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
     @property
     def pixel_rounds(self) -> int:
@@ -103,7 +106,14 @@ class CINetAttack(Attack):
 
         return [
             self.phase(theta, self.rounds - self.pixel_rounds, horizon=self.rounds),
-            Phase(self.pixel_rounds, lbfgs, LambdaLR(lbfgs, lambda t: 1.0), begin=begin, precise=True),
+            Phase(
+                self.pixel_rounds,
+                lbfgs,
+                LambdaLR(lbfgs, lambda t: 1.0),
+                begin=begin,
+                precise=True,
+                relative_total_variation=self.relative_total_variation,
+            ),
         ]
 
     def generator(self, problem: Problem) -> CINet:

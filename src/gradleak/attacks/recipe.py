@@ -67,7 +67,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Some rounds of one optimiser with its learning-rate schedule.
+    r"""Some rounds of one optimiser with its learning-rate schedule.
 
     Attributes:
         rounds: Their number.
@@ -77,6 +77,7 @@ class Phase:
         begin: Called before the first of them with the best images so far, B x C x H x W, their matching loss as a share of
             the first one, and whether the distance is whitened. If it returns False, the phase before has these rounds too.
         precise: Whether its rounds are in float32 where the attack's precision is ``mixed``.
+        relative_total_variation: tau; above 0 its rounds minimise :math:`\log D + \tau \log \mathrm{TV}(x)` in place of D.
     """
 
     rounds: int
@@ -85,6 +86,7 @@ class Phase:
     signed: bool = False
     begin: Callable[[Tensor, float, bool], bool] | None = None
     precise: bool = False
+    relative_total_variation: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
