@@ -78,7 +78,7 @@ class CINetAttack(Attack):
     residual: bool = False
     convolutions: int = Field(default=2, ge=1, le=8)
     pixel_share: float = Field(default=0.35, ge=0, lt=1)
-    relative_total_variation: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    relative_total_variation: float = Field(default=1.0, ge=0, allow_inf_nan=False)
 
     @property
     def pixel_rounds(self) -> int:
@@ -170,6 +170,7 @@ PRESETS: dict[str, tuple[Attack, str]] = {
             output="tanh",
             gain="free",
             pixel_share=0.0,
+            relative_total_variation=0.0,
         ),
         "CI-Net as its paper states it: Algorithm 1, P(G) > P(F)",
     ),
@@ -186,6 +187,7 @@ PRESETS: dict[str, tuple[Attack, str]] = {
             output="tanh",
             gain="free",
             pixel_share=0.0,
+            relative_total_variation=0.0,
         ),
         "CI-Net as its authors' code runs it: Adam on signs at 1e-3, width by batch size",
     ),
