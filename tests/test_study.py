@@ -353,6 +353,12 @@ def test_rows_of_an_edited_study_replace_old_ones() -> None:
     old = [row("a", "1", "finished", 0.1), row("a", "2", "finished", 0.2), row("b", "1", "finished", 0.3)]
     new = [row("a", "1", "missing", 0.0), row("a", "3", "finished", 0.4)]
     assert store.merge(old, new) == [row("a", "1", "finished", 0.1), row("a", "3", "finished", 0.4), old[2]]
+    partial = row("a", "1", "partial", 0.05)
+    assert store.measured(partial)
+    assert not store.measured(new[0])
+    assert store.merge(old, [partial])[0] == old[0]  # never in place of a finished one
+    assert store.merge([partial], [old[0]])[0] == old[0]
+    assert store.merge([partial], [{**partial, "ssim": 0.07}])[0]["ssim"] == 0.07
 
 
 def test_damaged_rows_are_named(tmp_path: Path) -> None:

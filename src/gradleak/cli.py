@@ -920,7 +920,7 @@ def study_report(
     rows: Annotated[
         Path | None,
         typer.Option(
-            "--rows", metavar="FILE", help="JSON rows that finished cells are merged into first", rich_help_panel=OUTPUT
+            "--rows", metavar="FILE", help="JSON rows that cells with a score are merged into first", rich_help_panel=OUTPUT
         ),
     ] = None,
     json_: Json = False,
@@ -933,7 +933,7 @@ def study_report(
         raise OutputError(f"{out}: no such folder; expected the --out of `gradleak study run`")
     found = store.save(studies, out)
     if rows is not None:
-        merged = store.merge(store.read_rows(rows), [row for row in found if row["state"] == "finished"])
+        merged = store.merge(store.read_rows(rows), [row for row in found if store.measured(row)])
         store.write_rows(rows, merged)
         found = store.merge(found, merged)
     written = report.write_report(studies, found, to or out, cells=out / "cells", pictures=pictures)

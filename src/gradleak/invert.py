@@ -611,7 +611,9 @@ class _Loop:
             raise _NotFinite(loss)
         self.best.offer(loss, member, y if self.targets is None else self.targets.settled(y))
         if self.targets is None:
-            return loss, transpose(cotangent)
+            held = [cotangent]
+            del cotangent  # the secant needs no more of it than where the weights move to
+            return loss, transpose(held.pop())
         image_cotangent, target_cotangent = both(cotangent)
         y.backward(target_cotangent)
         return loss, image_cotangent

@@ -111,6 +111,7 @@ def secant(loss: Loss, weights: Update, images: Tensor, *, step: float = 1e-3) -
             return torch.zeros_like(images)
         h = step / size
         moved = torch._foreach_add([w.detach() for w in leaves], [cotangent[name] for name in names], alpha=h)
+        del cotangent  # as large as the model, and the caller may have let go of it
         with torch.enable_grad():
             value = prefix(lambda: loss(dict(zip(names, moved, strict=True)), images))
         ends = torch.autograd.grad(value, prefix.border, allow_unused=True)

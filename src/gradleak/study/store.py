@@ -84,8 +84,13 @@ def row(cell: Cell, folder: Path) -> Row:
         "quality": {key: quality.get(key) for key in ("round", "ssim", "psnr")} if quality.get("ssim") else None,
         "published": _published(cell.published),
         "state": there,
-        "error": error or (done or None if there == "partial" else None),
+        "error": error or (done or result.get("stopped") if there == "partial" else None),
     }
+
+
+def measured(row: Row) -> bool:
+    """Whether a row has a score: of a finished run, or of one that was interrupted, after the ``rounds`` it says."""
+    return row["state"] in ("finished", "partial") and row["ssim"] is not None
 
 
 def _model(cell: Cell) -> str:
