@@ -169,13 +169,16 @@ def test_the_metric_is_in_float32_also_where_mixed_rounds_make_it() -> None:
     assert all(torch.equal(made_inside.whitened[name], t) for name, t in plain.whitened.items())
 
 
-@pytest.mark.parametrize("batch", [1, 4, 64])
-def test_a_larger_batch_has_less_damping(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("mode", "batch", "damping"), [("train", 4, 0.125), ("train", 64, 0.5 / 64), ("eval", 64, 0.01)])
+def test_a_larger_batch_has_less_damping_where_images_are_coupled(
+    mode: str, batch: int, damping: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     used = []
     monkeypatch.setattr(whitening, "factors", lambda updates, damping: used.append(damping) or {})
     monkeypatch.setattr(whitening, "Whitened", lambda found, observed: found)
-    whitened(setting()[1], torch.zeros(batch, dtype=torch.long), {}, (3, 16, 16))
-    assert used == [whitening.DAMPING / batch]
+    client = gl.FedSGD(gl.build_model(gl.ModelSpec(name="resnet18-cifar", width=2), image_shape=(3, 16, 16)), mode=mode)
+    whitened(client, torch.zeros(batch, dtype=torch.long), {}, (3, 16, 16))
+    assert used == [damping]
 
 
 def test_the_metric_is_made_before_the_rounds_own_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,9 +28,11 @@ from gradleak.observation import Update
 #: Batches of random images from which the covariance is taken.
 SAMPLES = 8
 
-#: Added to each factor, as a share of its largest eigenvalue, is this over B: few images are better found with more of it, and
-#: many with less (docs/experiments.md).
-DAMPING = 0.5
+#: Added to each factor, as a share of its largest eigenvalue, where each image has a gradient of its own (docs/experiments.md).
+DAMPING = 0.01
+
+#: The same times B, where batch statistics couple the images: few are then better found with more of it, and many with less.
+COUPLED_DAMPING = 0.5
 
 #: Factors with more rows are taken as the identity: their eigenvalues would cost more than the attack.
 LARGEST = 2048
@@ -132,8 +134,9 @@ def whitened(client: ClientOperator, labels: Tensor, observed: Update, image_sha
             update = client(images.to(next(iter(client.weights.values()))), labels)
             yield {name: update[name] for name in observed}
 
+    damping = COUPLED_DAMPING / len(labels) if client.has_batch_statistics else DAMPING
     with mixed.rounds(False, labels.device):  # it serves the rounds in float32 too
-        return Whitened(factors(sent(), damping=DAMPING / len(labels)), observed)
+        return Whitened(factors(sent(), damping=damping), observed)
 
 
 def factors(updates: Iterable[Update], *, damping: float) -> dict[str, Factors]:
