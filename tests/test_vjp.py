@@ -326,3 +326,18 @@ def test_the_same_call_gives_the_same_bytes(chosen: Engine | type[SelfChecking])
     results = [client.vjp(x, y, engine=chosen() if chosen is SelfChecking else chosen) for _ in range(2)]  # type: ignore[arg-type, call-arg]
     assert same_bytes(results[0][0], results[1][0])
     assert torch.equal(results[0][1](u), results[1][1](u))
+
+
+def test_another_tolerance_is_checked_at_once() -> None:
+    """A phase whose steps are exact does not begin with a secant that signs could bear."""
+    (x, y), client = batch(), FedSGD(network("none", "relu"))
+    checking, u = SelfChecking(tolerance=10.0, steps=(30.0,)), random_like(client.weights)
+    client.vjp(x, y, engine=checking)[1](u)
+    assert checking.trusted
+    checking.check_next(tolerance=10.0)
+    client.vjp(x, y, engine=checking)[1](u)
+    assert checking.trusted
+    checking.check_next(tolerance=1e-6)
+    found = client.vjp(x, y, engine=checking)[1](u)
+    assert not checking.trusted
+    torch.testing.assert_close(found, client.vjp(x, y, engine=exact)[1](u))

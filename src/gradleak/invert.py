@@ -34,7 +34,7 @@ from gradleak.observation import Observation
 from gradleak.prior import total_variation
 from gradleak.sharded import shard
 from gradleak.targets import FreeTargets
-from gradleak.vjp import SelfChecking, engine
+from gradleak.vjp import SIGNED_TOLERANCE, TOLERANCE, SelfChecking, engine
 from gradleak.whitening import Whitened, whitened
 
 #: A state to fall back to is taken at most once in so many rounds: copying a large generator costs time.
@@ -382,6 +382,8 @@ class _Loop:
                 self.left_out.append(self.phases.index(phase))
                 self.plan = self._plan()
                 phase = self.plan[self.t]
+        if isinstance(self.engine, SelfChecking):
+            self.engine.check_next(tolerance=SIGNED_TOLERANCE if phase.signed else TOLERANCE)
         rate = phase.optimiser.param_groups[0]["lr"]
         try:
             with mixed.rounds(self.mixed and not phase.precise, self.device):

@@ -34,6 +34,12 @@ Transpose = Callable[[Update], Tensor]
 
 log = logging.getLogger(__name__)
 
+#: Largest error of a secant, as a fraction of the cotangent's norm.
+TOLERANCE = 0.05
+
+#: The same where an optimiser is fed with signs, few of which such an error changes.
+SIGNED_TOLERANCE = 0.1
+
 
 def exact(loss: Loss, weights: Update, images: Tensor) -> tuple[Update, Transpose]:
     r""":math:`\nabla_x \langle \nabla_W L, r \rangle` by double backward, restricted to the images.
@@ -145,9 +151,9 @@ class SelfChecking:
     def __init__(
         self,
         *,
-        tolerance: float = 0.05,
+        tolerance: float = TOLERANCE,
         every: int = 200,
-        steps: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2),
+        steps: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
         size: Callable[[Tensor], float] = lambda t: float(t.norm()),
     ) -> None:
         self.tolerance, self.every, self.steps, self.size = tolerance, every, steps, size
@@ -156,12 +162,23 @@ class SelfChecking:
 
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint keeps."""
-        return {"step": self.step, "error": self.error, "trusted": self.trusted, "calls": self._calls}
+        return {
+            "step": self.step,
+            "error": self.error,
+            "trusted": self.trusted,
+            "calls": self._calls,
+            "tolerance": self.tolerance,
+        }
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Go on from :meth:`state_dict`."""
         self.step, self.error = state["step"], state["error"]
-        self.trusted, self._calls = bool(state["trusted"]), int(state["calls"])
+        self.trusted, self._calls, self.tolerance = bool(state["trusted"]), int(state["calls"]), state["tolerance"]
+
+    def check_next(self, *, tolerance: float) -> None:
+        """Check in the next round, and from then on with this tolerance."""
+        if tolerance != self.tolerance:
+            self.tolerance, self._calls = tolerance, 0
 
     def decline(self) -> None:
         """Told by an operator that the secant is not defined for: the exact transpose is in use, without error."""
