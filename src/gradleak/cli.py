@@ -933,7 +933,7 @@ def study_report(
         raise OutputError(f"{out}: no such folder; expected the --out of `gradleak study run`")
     found = store.save(studies, out)
     if rows is not None:
-        merged = store.merge(store.read_rows(rows), [row for row in found if store.measured(row)])
+        merged = [row for row in store.merge(store.read_rows(rows), found) if store.measured(row)]
         store.write_rows(rows, merged)
         found = store.merge(found, merged)
     written = report.write_report(studies, found, to or out, cells=out / "cells", pictures=pictures)
