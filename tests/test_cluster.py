@@ -64,7 +64,7 @@ def specified(seeds: list[int] | None = None, **base: Any) -> StudySpec:
     table = {
         "data": {"source": "sample", "batch": 2, "size": 16},
         "model": {"name": "lenet", "activation": "sigmoid"},
-        "attack": {"name": "cinet", "channels": 4, "rounds": 6},
+        "attack": {"name": "cinet", "channels": 4, "rounds": 40},
         "evaluate": {"lpips": "off"},
         "device": "cpu",
         "checkpoint_seconds": 0,
