@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_in_use: ContextVar[bool] = ContextVar("mixed", default=False)
-_tf32: ContextVar[bool] = ContextVar("tf32", default=False)
+_format: ContextVar[str] = ContextVar("format", default="float32")
 _cudnn: Any = torch.backends.cudnn
 
 
@@ -51,13 +50,12 @@ def rounds(mixed: bool, device: torch.device) -> Iterator[None]:
     bfloat16. Or neither.
     """
     on_gpu = device.type == "cuda"
-    token, other = _in_use.set(mixed and not on_gpu), _tf32.set(mixed and on_gpu)
+    token = _format.set(("tf32" if on_gpu else "bfloat16") if mixed else "float32")
     try:
         with _convolutions("tf32" if mixed else "ieee") if on_gpu else nullcontext():
             yield
     finally:
-        _in_use.reset(token)
-        _tf32.reset(other)
+        _format.reset(token)
 
 
 @contextmanager
@@ -73,17 +71,17 @@ def _convolutions(precision: str) -> Iterator[None]:
 
 def tf32() -> bool:
     """Whether convolutions are in TF32 here."""
-    return _tf32.get()
+    return _format.get() == "tf32"
 
 
 def image_model(device: torch.device) -> AbstractContextManager[Any]:
     """Computes an image model; its output is to be taken to float32."""
-    return torch.autocast(device.type, torch.bfloat16) if _in_use.get() else nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if _format.get() == "bfloat16" else nullcontext()
 
 
 def weight_gradients() -> AbstractContextManager[Any]:
     """Convolutions inside have weight gradients by bfloat16. They can be differentiated once."""
-    return _Convolutions() if _in_use.get() else nullcontext()
+    return _Convolutions() if _format.get() == "bfloat16" else nullcontext()
 
 
 @functools.cache

@@ -176,7 +176,7 @@ class SelfChecking:
         self.trusted, self._calls, self.tolerance = bool(state["trusted"]), int(state["calls"]), state["tolerance"]
 
     def check_next(self, *, tolerance: float) -> None:
-        """Check in the next round, and from then on with this tolerance."""
+        """From now on this tolerance; where it is another than before, the next round checks."""
         if tolerance != self.tolerance:
             self.tolerance, self._calls = tolerance, 0
 

@@ -89,8 +89,8 @@ def row(cell: Cell, folder: Path) -> Row:
 
 
 def measured(row: Row) -> bool:
-    """Whether a row has a score: of a finished run, or of one that was interrupted, after the ``rounds`` it says."""
-    return row["state"] in ("finished", "partial") and row["ssim"] is not None
+    """Whether a row has a result to count: of a finished run, or of one that was interrupted, after the ``rounds`` it says."""
+    return row["state"] in ("finished", "partial") and (row["ssim"] is not None or row.get("psnr") is not None)
 
 
 def _model(cell: Cell) -> str:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gradleak.errors import OutputError
 from gradleak.spec import describe
 from gradleak.study.spec import Published
+from gradleak.study.store import measured
 
 
 class CheckedRow(BaseModel):
@@ -53,7 +54,7 @@ class CheckedRow(BaseModel):
     @property
     def measured(self) -> bool:
         """Whether there is a result to count."""
-        return self.state in ("finished", "partial") and (self.ssim is not None or self.psnr is not None)
+        return measured(vars(self))
 
 
 @dataclass(frozen=True)
