@@ -14,11 +14,12 @@ from gradleak.checkpoint import Checkpoint
 from gradleak.client import FedSGD, simulate
 from gradleak.data import load
 from gradleak.image_model import BRIGHTNESS, Corrected, photographic
+from gradleak.invariance import bright_gain, hold_gain
 from gradleak.invert import Reconstruction, _Loop, invert
 from gradleak.labels import Labels, recover
 from gradleak.observation import Truth
 from gradleak.prior import total_variation
-from gradleak.sharded import WHOLE
+from gradleak.sharded import WHOLE, Shard
 from gradleak.spec import DataSpec
 
 
@@ -159,3 +160,29 @@ def test_the_relative_prior_has_the_gradient_of_its_logarithm() -> None:
     assert images.grad is not None
     torch.testing.assert_close(images.grad, expected)
     assert loop._smooth(torch.zeros(1, 3, 8, 8, requires_grad=True), 3.0) == 0
+
+
+def test_the_gain_is_held_while_the_generator_is_fitted_and_not_while_pixels_are(
+    truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In rounds on pixels only the loss and the prior pull; a darker result is set to photographs' brightness in the end."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(16), nn.Sigmoid()]
+    blind = FedSGD(nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 10)))
+    held = []
+
+    def count(images: Tensor, cotangent: Tensor, *, shard: Shard) -> Tensor:
+        held.append(len(images))
+        return hold_gain(images, cotangent, shard=shard)
+
+    monkeypatch.setitem(_Loop._evaluate.__globals__, "hold_gain", count)  # the module has the name of its function
+    found = run(blind, truth)
+    assert found.notes["pixels_corrected"]
+    assert len(held) == 60 - round(CINetAttack().pixel_share * 60)
+    assert float(found.images.flatten().kthvalue(round(0.998 * found.images.numel())).values) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("gain", [0.2, 1.0, 5.0])
+def test_a_batch_that_drifted_far_is_set_to_the_same_brightness(gain: float) -> None:
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(bright_gain(gain * images) * gain, bright_gain(images))

@@ -24,6 +24,9 @@ BRIGHT_QUANTILE = 0.998
 #: Root mean square of photographs' values: .532 +- .031 over random batches of 16 CIFAR-10 images (docs/experiments.md).
 NATURAL_RMS = 0.53
 
+#: Largest gain that is set, and one over the smallest: rounds that pull on total variation darken photographs by 1.6 and more.
+LARGEST_GAIN = 8.0
+
 
 def gain_sensitivity(client: ClientOperator, images: Tensor, labels: Tensor, *, gain: float = 0.9) -> float:
     r"""Relative change of the update per relative change of the gain, the median over its tensors.
@@ -109,10 +112,10 @@ def bright_gain(images: Tensor) -> float:
     """The gain that puts the :data:`BRIGHT_QUANTILE` of all values at 1, where photographs' brightest values are.
 
     Returns:
-        s in [0.5, 2]; 1 for images without a bright value.
+        s in [1/8, 8]; 1 for images without a bright value.
     """
     # kthvalue, not quantile: the latter refuses tensors of more than 2^24 elements
     values = images.detach().float().flatten()
     k = max(1, min(len(values), round(BRIGHT_QUANTILE * len(values))))
     bright = float(values.kthvalue(k).values)
-    return min(2.0, max(0.5, 1 / bright)) if bright > 0 else 1.0
+    return min(LARGEST_GAIN, max(1 / LARGEST_GAIN, 1 / bright)) if bright > 0 else 1.0

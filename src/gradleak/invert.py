@@ -458,7 +458,8 @@ class _Loop:
             notes["images_at_a_time"] = client.piece
         if self.shard.world > 1:
             notes["processes"] = self.shard.world
-        frames = [_eight_bit(gain * x) for x in self.snapshots.values()]
+        # each by its own gain: it was held in some rounds and drifted in others
+        frames = [_eight_bit(x if gain == 1 else bright_gain(x) * x) for x in self.snapshots.values()]
         return Reconstruction(
             images=(gain * images).clamp(0, 1).float().cpu(),
             labels=Labels(best.labels.cpu(), self.labels.rule if self.targets is None else "joint"),
@@ -564,7 +565,8 @@ class _Loop:
             losses.append(loss)
             if tau and loss > 0:
                 cotangent = cotangent / loss  # that of log D
-            cotangents.append(hold_gain(member, cotangent, shard=self.shard) if self.natural else cotangent)
+            hold = self.natural and phase.drifting
+            cotangents.append(hold_gain(member, cotangent, shard=self.shard) if hold else cotangent)
         value = min(losses)
         self.losses.append(value)
         if tau:

@@ -112,6 +112,7 @@ class CINetAttack(Attack):
                 LambdaLR(lbfgs, lambda t: 1.0),
                 begin=begin,
                 precise=True,
+                drifting=False,
                 relative_total_variation=self.relative_total_variation,
             ),
         ]

@@ -78,6 +78,8 @@ class Phase:
             the first one, and whether the distance is whitened. If it returns False, the phase before has these rounds too.
         precise: Whether its rounds are in float32 where the attack's precision is ``mixed``.
         relative_total_variation: tau; above 0 its rounds minimise :math:`\log D + \tau \log \mathrm{TV}(x)` in place of D.
+        drifting: Whether its steps let the gain of the images drift where the update does not tell it, so that it is to be
+            held. Descent along the gradient itself does not: the gradient has no part in that direction.
     """
 
     rounds: int
@@ -87,6 +89,7 @@ class Phase:
     begin: Callable[[Tensor, float, bool], bool] | None = None
     precise: bool = False
     relative_total_variation: float = 0.0
+    drifting: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
