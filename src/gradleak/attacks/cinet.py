@@ -37,7 +37,7 @@ WHITENED_EXPLAINED = 0.3
 #: Longest step of L-BFGS on pixels, as the root mean square of the correction u over all its elements.
 LONGEST_STEP = 0.01
 
-#: Weight of the total variation (:func:`gradleak.prior.smoothed`) in what the rounds on pixels start from, for values in [0, 1].
+#: Weight of total variation (:func:`gradleak.prior.smoothed`) in what the rounds on pixels start from; values are in [0, 1].
 SMOOTHING = 0.03
 
 
