@@ -216,4 +216,4 @@ def test_the_rounds_on_pixels_start_from_smoothed_images(client: FedSGD, truth: 
     for tau in (0.0, 1.0):
         run(client, truth, relative_total_variation=tau)
     plain, smooth = settled
-    torch.testing.assert_close(smooth, smoothed(plain, weight=SMOOTHING))
+    torch.testing.assert_close(smooth, smoothed(plain, weight=SMOOTHING * 16 / 256))

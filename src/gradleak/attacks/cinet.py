@@ -37,7 +37,8 @@ WHITENED_EXPLAINED = 0.3
 #: Longest step of L-BFGS on pixels, as the root mean square of the correction u over all its elements.
 LONGEST_STEP = 0.01
 
-#: Weight of total variation (:func:`gradleak.prior.smoothed`) in what the rounds on pixels start from; values are in [0, 1].
+#: Weight of total variation (:func:`gradleak.prior.smoothed`) in what the rounds on pixels start from, for values in [0, 1] and
+#: images of 256 pixels. It is in proportion to their longer side: neighbours differ more in small photographs.
 SMOOTHING = 0.03
 
 
@@ -106,7 +107,8 @@ class CINetAttack(Attack):
         def begin(images: Tensor, share: float, whitened: bool) -> bool:
             explained = share <= (WHITENED_EXPLAINED if whitened else EXPLAINED)
             if explained:
-                image_model.settle(smoothed(images, weight=SMOOTHING) if self.relative_total_variation else images)
+                weight = SMOOTHING * max(images.shape[2:]) / 256
+                image_model.settle(smoothed(images, weight=weight) if self.relative_total_variation else images)
             return explained
 
         return [
