@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from gradleak import mixed
+from gradleak import bfloat16, mixed
 from gradleak.attacks import attack
+from gradleak.checkpoint import Checkpoint
 from gradleak.client import FedSGD, simulate
 from gradleak.data import load
-from gradleak.invert import Reconstruction, invert
+from gradleak.invert import Reconstruction, _Loop, invert
 from gradleak.labels import recover
 from gradleak.models.cifar import resnet18
 from gradleak.spec import DataSpec
 from gradleak.vjp import secant
+
+#: Names of the loop's module, which has the name of its function.
+LOOP = _Loop._match.__globals__
 
 
 @pytest.fixture(autouse=True)
@@ -100,3 +106,92 @@ def test_without_the_instructions_it_is_float32(client: FedSGD, monkeypatch: pyt
     assert not half.notes["bfloat16"]
     assert torch.equal(whole.images, half.images)
     assert dataclasses.asdict(whole)["matching_loss"] == half.matching_loss
+
+
+@pytest.fixture
+def _matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor that has them, and for a small F."""
+    monkeypatch.setattr(mixed, "supported", lambda device: True)
+    monkeypatch.setattr(mixed, "matrix_units", lambda device: True)
+    monkeypatch.setitem(LOOP, "WHOLE_FROM", 0)
+    monkeypatch.setitem(LOOP, "WHOLE_EVERY", 10)
+
+
+@pytest.mark.usefixtures("_matrix_units")
+def test_with_matrix_units_all_of_f_is_in_bfloat16_and_is_looked_at_in_float32(
+    client: FedSGD, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+    monkeypatch.setattr(bfloat16, "passes", lambda: (passes.append(1), contextlib.nullcontext())[1])
+    plain = run(client, precision="mixed", rounds=30)
+    assert len(passes) == plain.notes["whole_model_in_bfloat16"]["rounds"] > 0
+
+
+@pytest.mark.usefixtures("_matrix_units")
+def test_an_attack_with_all_of_f_in_bfloat16_fits_as_well(client: FedSGD, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOOP, "WHOLE_TOLERANCE", 5.0)  # a narrow F has little to average over
+    whole, half = run(client), run(client, precision="mixed")
+    said = half.notes["whole_model_in_bfloat16"]
+    assert said["rounds"] >= 26
+    assert 0 < said["relative_error"] < 5
+    assert half.matching_loss < 2 * whole.matching_loss
+    assert half.history[0]["loss"] == pytest.approx(whole.history[0]["loss"], rel=0.02)  # looked at in float32
+    assert half.history[1]["loss"] != half.history[0]["loss"]
+
+
+@pytest.mark.usefixtures("_matrix_units")
+def test_where_bfloat16_is_too_far_off_it_is_given_up(client: FedSGD, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the rounds that follow are those of a processor without matrix units."""
+    monkeypatch.setitem(LOOP, "WHOLE_TOLERANCE", 1e-6)
+    found = run(client, precision="mixed", rounds=8)
+    assert "whole_model_in_bfloat16" not in found.notes
+    monkeypatch.setattr(mixed, "matrix_units", lambda device: False)
+    other = run(client, precision="mixed", rounds=8)
+    losses = [[row["loss"] for row in rebuilt.history[:4]] for rebuilt in (found, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.usefixtures("_matrix_units")
+def test_an_f_that_bfloat16_breaks_is_run_in_float32() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.linear = nn.Conv2d(3, 4, 3, stride=2), nn.Linear(196, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.convolution(x).sigmoid()
+            if y.dtype != torch.float32:
+                raise RuntimeError("expected scalar type Float but found BFloat16")
+            return self.linear(y.flatten(1))
+
+    torch.manual_seed(0)
+    found = run(FedSGD(Picky()), precision="mixed", rounds=8)
+    assert found.rounds == 8
+    assert "whole_model_in_bfloat16" not in found.notes
+
+
+@pytest.mark.usefixtures("_matrix_units")
+def test_such_a_run_goes_on_to_the_same_bytes(client: FedSGD, tmp_path: Path) -> None:
+    truth = load(DataSpec(source="sample", batch=2, size=16))
+    observation = simulate(client, truth)
+    recipe = attack("cinet", rounds=20, channels=8, precision="mixed")
+    labels = recover("known", observation, client)
+
+    def go(stop_at: int | None) -> Reconstruction:
+        asked = iter(range(1, 100))
+        return invert(
+            observation,
+            recipe,
+            client=client,
+            labels=labels,
+            progress=False,
+            checkpoint=Checkpoint(tmp_path / "state.safetensors", every=1e9),
+            stop=lambda: "pause" if next(asked) == stop_at else "",
+        )
+
+    undisturbed = go(None)
+    Checkpoint(tmp_path / "state.safetensors").remove()
+    assert go(5).interrupted
+    resumed = go(None)
+    assert torch.equal(resumed.images, undisturbed.images)
+    assert resumed.notes["whole_model_in_bfloat16"] == undisturbed.notes["whole_model_in_bfloat16"]

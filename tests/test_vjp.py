@@ -334,10 +334,10 @@ def test_another_tolerance_is_checked_at_once() -> None:
     checking, u = SelfChecking(tolerance=10.0, steps=(30.0,)), random_like(client.weights)
     client.vjp(x, y, engine=checking)[1](u)
     assert checking.trusted
-    checking.check_next(tolerance=10.0)
+    checking.tolerate(10.0)
     client.vjp(x, y, engine=checking)[1](u)
     assert checking.trusted
-    checking.check_next(tolerance=1e-6)
+    checking.tolerate(1e-6)
     found = client.vjp(x, y, engine=checking)[1](u)
     assert not checking.trusted
     torch.testing.assert_close(found, client.vjp(x, y, engine=exact)[1](u))

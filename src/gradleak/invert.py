@@ -34,7 +34,7 @@ from gradleak.observation import Observation
 from gradleak.prior import total_variation
 from gradleak.sharded import shard
 from gradleak.targets import FreeTargets
-from gradleak.vjp import SIGNED_TOLERANCE, TOLERANCE, SelfChecking, engine
+from gradleak.vjp import SIGNED_TOLERANCE, TOLERANCE, Engine, SelfChecking, engine
 from gradleak.whitening import Whitened, whitened
 
 #: A state to fall back to is taken at most once in so many rounds: copying a large generator costs time.
@@ -45,6 +45,14 @@ SMALLER_STEP = 0.1
 
 #: Step of Adam on targets that are optimised beside an attack's images (rule ``joint``).
 TARGET_RATE = 0.05
+
+#: All of F is in bfloat16 (:func:`gradleak.mixed.whole`) where the update has so many numbers: with fewer the rounding averages
+#: out less, and costs more rounds than it saves time (docs/performance.md).
+WHOLE_FROM = 2**20
+
+#: It stays so while the cotangent of the images is so near to that of float32, as a fraction of its norm; looked at every so
+#: many rounds.
+WHOLE_TOLERANCE, WHOLE_EVERY = 0.3, 100
 
 #: A best loss that is older than this share of the rounds run is reported as a plateau.
 PLATEAU = 0.25
@@ -342,6 +350,9 @@ class _Loop:
         self.mixed &= self.device.type == "cpu" or attack.engine != "secant"
         self.natural = attack.gain == "natural" and problem.gain_blind
         self.targets = self._free_targets()
+        self.whole = self.mixed and isinstance(self.engine, SelfChecking) and mixed.matrix_units(self.device.type)
+        self.whole &= self.targets is None and problem.client.parameters >= WHOLE_FROM
+        self.whole_error, self.whole_rounds = math.nan, 0
         # DLG's optimiser steps both; with the rule ``joint`` the targets have one of their own
         together = self.targets if attack.joint_labels else None
         self.phases = attack.phases(self.image_model if together is None else nn.ModuleList([self.image_model, together]))
@@ -383,10 +394,10 @@ class _Loop:
                 self.plan = self._plan()
                 phase = self.plan[self.t]
         if isinstance(self.engine, SelfChecking):
-            self.engine.check_next(tolerance=SIGNED_TOLERANCE if phase.signed else TOLERANCE)
+            self.engine.tolerate(SIGNED_TOLERANCE if phase.signed else TOLERANCE)
         rate = phase.optimiser.param_groups[0]["lr"]
         try:
-            with mixed.rounds(self.mixed and not phase.precise, self.device):
+            with mixed.rounds(self.mixed and not phase.precise, self.device, whole=self.whole):
                 self.losses.clear()
                 phase.optimiser.step(lambda: self._evaluate(phase))
         except _NotFinite as fault:
@@ -395,6 +406,7 @@ class _Loop:
             if not is_out_of_memory(fault):
                 raise
             return self._use_smaller_pieces()
+        self.whole_rounds += self.whole and not phase.precise
         phase.schedule.step()
         if self.target_phase is not None:
             self.target_phase.optimiser.step()
@@ -450,6 +462,9 @@ class _Loop:
             }
         if attack.precision == "mixed":
             notes["tf32" if self.device.type == "cuda" else "bfloat16"] = self.mixed
+        if self.whole_rounds:
+            error = self.whole_error if math.isfinite(self.whole_error) else None
+            notes["whole_model_in_bfloat16"] = {"rounds": self.whole_rounds, "relative_error": error}
         if attack.distance == "whitened":
             notes["whitened"] = isinstance(self.distance, Whitened)
             away = best.loss if self.distance is cosine else self._loss(best.images, best.labels, distance=cosine)
@@ -497,6 +512,7 @@ class _Loop:
             "warnings": self.warnings,
             "fell_back": self.fell_back,
             "left_out": self.left_out,
+            "whole": [self.whole, self.whole_error, self.whole_rounds],
             "smaller_pieces": self.smaller_pieces,
             "retreat": self.retreat,
             "random": torch.get_rng_state(),
@@ -538,6 +554,7 @@ class _Loop:
         self.snapshots, self.warnings, self.retreat = state["snapshots"], state["warnings"], state["retreat"]
         self.fell_back, self.smaller_pieces = state["fell_back"], state["smaller_pieces"]
         self.left_out = state["left_out"]
+        self.whole, self.whole_error, self.whole_rounds = state["whole"]
         self.plan = self._plan()
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["device_random"] is not None:
@@ -602,25 +619,50 @@ class _Loop:
 
     def _match(self, member: Tensor) -> tuple[float, Tensor]:
         """The matching loss of one member's images, and its cotangent with respect to them."""
-        client, y = self.problem.client, self.problem.labels
         if self.targets is None:
-            update, transpose = client.vjp(member, y, engine=self.engine)
-        else:
-            y = self.targets()
-            update, both = client.joint_vjp(member, y, engine=self.engine)
+            return self._checked(member) if mixed.whole() and self.t % WHOLE_EVERY == 0 else self._fixed(member, self.engine)
+        y = self.targets()
+        update, both = self.problem.client.joint_vjp(member, y, engine=self.engine)
         loss, cotangent = self.distance(update, self.problem.observed)
         del update  # as large as the model
-        loss = self.shard.same(loss)
-        if not math.isfinite(loss):
-            raise _NotFinite(loss)
-        self.best.offer(loss, member, y if self.targets is None else self.targets.settled(y))
-        if self.targets is None:
-            held = [cotangent]
-            del cotangent  # the secant needs no more of it than where the weights move to
-            return loss, transpose(held.pop())
+        self._offer(loss, member, self.targets.settled(y))
         image_cotangent, target_cotangent = both(cotangent)
         y.backward(target_cotangent)
         return loss, image_cotangent
+
+    def _fixed(self, member: Tensor, engine: Engine) -> tuple[float, Tensor]:
+        """:meth:`_match` with fixed targets."""
+        update, transpose = self.problem.client.vjp(member, self.problem.labels, engine=engine)
+        loss, cotangent = self.distance(update, self.problem.observed)
+        del update  # as large as the model
+        loss = self._offer(loss, member, self.problem.labels)
+        held = [cotangent]
+        del cotangent  # the secant needs no more of it than where the weights move to
+        return loss, transpose(held.pop())
+
+    def _offer(self, loss: float, member: Tensor, targets: Tensor) -> float:
+        loss = self.shard.same(loss)
+        if not math.isfinite(loss):
+            raise _NotFinite(loss)
+        self.best.offer(loss, member, targets)
+        return loss
+
+    def _checked(self, member: Tensor) -> tuple[float, Tensor]:
+        """:meth:`_fixed` in float32, and whether bfloat16 is near enough to it to go on with."""
+        assert isinstance(self.engine, SelfChecking)
+        self.engine.check_next()
+        with mixed.rounds(False, self.device):
+            loss, wanted = self._fixed(member, self.engine)
+        try:
+            _, found = self._fixed(member, self.engine)
+            self.whole_error = float((found - wanted).norm() / wanted.norm())
+            why = f"its error is {self.whole_error:.2f}"
+        except (RuntimeError, NotImplementedError, _NotFinite) as fault:  # an F may mix formats that torch does not
+            self.whole_error, why = math.inf, f"it fails ({fault})"
+        if not self.whole_error <= WHOLE_TOLERANCE:
+            self.whole = False
+            log.info("F in bfloat16 in round %d: %s; float32 from here", self.t + 1, why)
+        return loss, wanted
 
     @cached_property
     def distance(self) -> Distance:

@@ -3,7 +3,8 @@
 On processors, rounds can be partly in bfloat16: half the time for these parts where there are the instructions. The image model
 is, whatever images it makes: F sees them in float32. So are the gradients of F's convolution weights, the only part of the
 secant that is not divided by its small step. Numbers are rounded to 8 bits and summed in float32, so that the rounding averages
-out: the update's relative error is below a thousandth (docs/performance.md).
+out: the update's relative error is below a thousandth (docs/performance.md). Processors with matrix units for bfloat16 (AMX)
+have all of F in it (:mod:`gradleak.bfloat16`), as long as the loop finds that near enough to float32.
 
 On GPUs all convolutions of such a round are in TF32, 11 bits, and the transpose is the exact one: a secant would be lost in it.
 """
@@ -45,12 +46,12 @@ def full_float32() -> Iterator[None]:
 
 
 @contextmanager
-def rounds(mixed: bool, device: torch.device) -> Iterator[None]:
+def rounds(mixed: bool, device: torch.device, *, whole: bool = False) -> Iterator[None]:
     """Inside, a CUDA device's convolutions are in TF32; elsewhere :func:`image_model` and :func:`weight_gradients` are in
-    bfloat16. Or neither.
+    bfloat16, or with ``whole`` all of F. Or none of them.
     """
     on_gpu = device.type == "cuda"
-    token = _format.set(("tf32" if on_gpu else "bfloat16") if mixed else "float32")
+    token = _format.set(("tf32" if on_gpu else "bfloat16, F too" if whole else "bfloat16") if mixed else "float32")
     try:
         with _convolutions("tf32" if mixed else "ieee") if on_gpu else nullcontext():
             yield
@@ -74,9 +75,14 @@ def tf32() -> bool:
     return _format.get() == "tf32"
 
 
+def whole() -> bool:
+    """Whether F's passes are in bfloat16 here."""
+    return _format.get() == "bfloat16, F too"
+
+
 def image_model(device: torch.device) -> AbstractContextManager[Any]:
     """Computes an image model; its output is to be taken to float32."""
-    return torch.autocast(device.type, torch.bfloat16) if _format.get() == "bfloat16" else nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if _format.get().startswith("bfloat16") else nullcontext()
 
 
 def weight_gradients() -> AbstractContextManager[Any]:
@@ -92,6 +98,12 @@ def supported(device: str) -> bool:
     if device != "cpu":
         return False  # not measured
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@functools.cache
+def matrix_units(device: str) -> bool:
+    """Whether the device has matrix units for bfloat16, which make all of F in it pay."""
+    return device == "cpu" and bool(torch.cpu._is_amx_tile_supported())
 
 
 class _Convolution(torch.autograd.Function):

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradleak import mixed
+from gradleak import bfloat16, mixed
 from gradleak.distance import norm
 from gradleak.errors import ModelError
 from gradleak.observation import Update
@@ -175,10 +175,15 @@ class SelfChecking:
         self.step, self.error = state["step"], state["error"]
         self.trusted, self._calls, self.tolerance = bool(state["trusted"]), int(state["calls"]), state["tolerance"]
 
-    def check_next(self, *, tolerance: float) -> None:
+    def check_next(self) -> None:
+        """The next round checks."""
+        self._calls = 0
+
+    def tolerate(self, tolerance: float) -> None:
         """From now on this tolerance; where it is another than before, the next round checks."""
         if tolerance != self.tolerance:
-            self.tolerance, self._calls = tolerance, 0
+            self.tolerance = tolerance
+            self.check_next()
 
     def decline(self) -> None:
         """Told by an operator that the secant is not defined for: the exact transpose is in use, without error."""
@@ -187,6 +192,13 @@ class SelfChecking:
     def __call__(self, loss: Loss, weights: Update, images: Tensor) -> tuple[Update, Transpose]:
         if mixed.tf32():  # it rounds the weights more than the step moves them
             return exact(loss, weights, images)
+        if mixed.whole():  # it rounds more still
+
+            def in_bfloat16(weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+                with bfloat16.passes():
+                    return loss(weights, images)
+
+            return exact(in_bfloat16, weights, images)
         check = self._calls % self.every == 0
         self._calls += 1
         if not check:
