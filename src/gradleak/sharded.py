@@ -17,7 +17,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ from gradleak import errors
 from gradleak.errors import GradleakError, SpecError
 from gradleak.observation import Update
 from gradleak.protocols import ClientOperator, FedSGD, JointTranspose
+from gradleak.shared_memory import SharedMemory
 from gradleak.vjp import Engine, Transpose, exact
 
 T = TypeVar("T")
@@ -49,12 +50,14 @@ class Processes:
         world: How many there are.
         neighbours: How many of them are on this machine.
         store: Names and values that all of them see.
+        memory: What they share, if they do: all on this machine, on CPUs.
     """
 
     rank: int
     world: int
     neighbours: int
     store: dist.Store
+    memory: SharedMemory | None = None
     _steps: Iterator[int] = field(default_factory=itertools.count)
 
     def says_first(self, text: str) -> bool:
@@ -94,12 +97,26 @@ def processes() -> Iterator[Processes]:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world)
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    _joined = Processes(rank, world, neighbours, dist.PrefixStore("gradleak", store))
+    own = dist.PrefixStore("gradleak", store)
+    memory = _shared_memory(rank, world, own) if neighbours == world and not cuda else None
+    _joined = Processes(rank, world, neighbours, own, memory)
     try:
         yield _joined
     finally:
         _joined = None
+        if memory is not None:
+            memory.close()
         dist.destroy_process_group()
+
+
+def _shared_memory(rank: int, world: int, store: dist.Store) -> SharedMemory | None:
+    """What the processes share, or None in all of them where one cannot."""
+    found = None
+    with suppress(OSError):
+        found = SharedMemory(rank=rank, world=world, tell=store.set, ask=lambda name: store.get(name).decode())
+    shared = torch.tensor(found is not None, dtype=torch.int32)
+    dist.all_reduce(shared, dist.ReduceOp.MIN)
+    return found if shared else None
 
 
 def leads() -> bool:
@@ -259,7 +276,7 @@ class Part(Shard):
         if not tensors:
             return
         whole = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(whole)
+        _all_reduce(whole)
         torch._foreach_copy_(list(tensors), _like(whole, tensors))
 
     def dot(self, a: Tensor, b: Tensor) -> float:
@@ -273,7 +290,7 @@ class Part(Shard):
             return images
         whole = images.new_zeros(self.batch, *images.shape[1:])
         whole[self.rows] = images
-        dist.all_reduce(whole)
+        _all_reduce(whole)
         return whole
 
     def least(self, number: float) -> float:
@@ -449,9 +466,7 @@ class _BatchNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, part: Part) -> Tensor:
         variance, mean = torch.var_mean(x, _but_channels(x), correction=0)
         own = torch.stack([mean, variance])
-        found = [torch.empty_like(own) for _ in range(part.world)]
-        dist.all_gather(found, own)
-        means, variances = torch.stack(found, dim=1)
+        means, variances = _all_gather(own, part.world).unbind(1)
         shares = part.shares(own.device, own.dtype)
         mean = (shares * means).sum(0)
         variance = (shares * (variances + (means - mean).square())).sum(0)
@@ -514,12 +529,29 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
+        _all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
         return _sum(cotangents[0])
+
+
+def _all_reduce(tensor: Tensor) -> None:
+    """The sum over the processes, in place; through their shared memory where they have it."""
+    if _joined is not None and _joined.memory is not None and tensor.device.type == "cpu":
+        _joined.memory.sum_(tensor)
+    else:
+        dist.all_reduce(tensor)
+
+
+def _all_gather(own: Tensor, world: int) -> Tensor:
+    """All processes' small tensors, world x their shape."""
+    if _joined is not None and _joined.memory is not None and own.device.type == "cpu":
+        return _joined.memory.gather(own)
+    found = [torch.empty_like(own) for _ in range(world)]
+    dist.all_gather(found, own)
+    return torch.stack(found)
 
 
 def _sum(x: Tensor) -> Tensor:
