@@ -114,6 +114,7 @@ def _matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixed, "supported", lambda device: True)
     monkeypatch.setattr(mixed, "matrix_units", lambda device: True)
     monkeypatch.setitem(LOOP, "WHOLE_FROM", 0)
+    monkeypatch.setitem(LOOP, "WHOLE_TOLERANCE", 5.0)  # a narrow F has little to average over
     monkeypatch.setitem(LOOP, "WHOLE_EVERY", 10)
 
 
@@ -128,8 +129,7 @@ def test_with_matrix_units_all_of_f_is_in_bfloat16_and_is_looked_at_in_float32(
 
 
 @pytest.mark.usefixtures("_matrix_units")
-def test_an_attack_with_all_of_f_in_bfloat16_fits_as_well(client: FedSGD, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(LOOP, "WHOLE_TOLERANCE", 5.0)  # a narrow F has little to average over
+def test_an_attack_with_all_of_f_in_bfloat16_fits_as_well(client: FedSGD) -> None:
     whole, half = run(client), run(client, precision="mixed")
     said = half.notes["whole_model_in_bfloat16"]
     assert said["rounds"] >= 26
