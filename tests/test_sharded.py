@@ -74,7 +74,6 @@ def sums() -> dict[str, Any]:
     ways = {}
     for way in (joined, dataclasses.replace(joined, memory=None)):
         sharded._joined = way
-        totals = [t.clone() for t in drawn]
         for _ in range(3):  # the slots are written to in turn
             totals = [t.clone() for t in drawn]
             for total in totals:

@@ -78,10 +78,6 @@ def _half(x: Tensor) -> Tensor:
     return x.to(FORMAT, memory_format=torch.channels_last)
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 class _Geometry(NamedTuple):
     """Of a convolution, and the three products that it and its derivatives are: each linear in either factor.
 
@@ -129,7 +125,7 @@ class _Geometry(NamedTuple):
     def _backward(self, y: Tensor, x: Tensor, w: Tensor, wanted: list[bool]) -> Sequence[Any]:
         stride, padding, dilation, groups = self
         found: Sequence[Any] = _aten.convolution_backward(
-            _channels_last(y), x, w, None, stride, padding, dilation, False, [0, 0], groups, wanted
+            y, x, w, None, stride, padding, dilation, False, [0, 0], groups, wanted
         )
         return found
 
