@@ -114,6 +114,25 @@ def test_large_factors_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.outputs is None, found.inputs is None, found.kernel is None) == (False, True, True)
 
 
+def test_eigenvalues_below_the_damping_are_taken_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The factor is then of few columns, and its matrix the full one within the share that is left out, up to a scale."""
+    generator = torch.Generator().manual_seed(0)
+    faint = 10 ** -torch.linspace(0, 4, 12, dtype=torch.float64)[:, None]
+    updates = [{"w": faint * torch.randn(12, 5, generator=generator, dtype=torch.float64)} for _ in range(50)]
+    few = factors(iter(updates), damping=0.1)["w"]
+    monkeypatch.setattr(whitening, "TAIL", 0.0)
+    full = factors(iter(updates), damping=0.1)["w"]
+    assert few.outputs is not None
+    assert full.outputs is not None
+    assert few.outputs.shape[1] < 6
+    assert full.outputs.shape == (12, 12)
+    one, other = dense(few, (12, 5)), dense(full, (12, 5))
+    assert torch.allclose(one, one.T)
+    ratios = torch.linalg.eigvals(torch.linalg.solve(other, one)).real
+    assert 1 < ratios.max() / ratios.min() < 1.3
+    assert ratios.mean() == pytest.approx(1, abs=0.1)
+
+
 def setting() -> tuple[gl.Observation, gl.FedSGD, gl.Truth]:
     truth = gl.Truth(torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(5)), torch.tensor([0, 1, 2, 3]))
     client = gl.FedSGD(gl.build_model(gl.ModelSpec(name="convnet", activation="sigmoid"), image_shape=(3, 16, 16)))

@@ -34,6 +34,9 @@ DAMPING = 0.01
 #: The same times B, where batch statistics couple the images: few are then better found with more of it, and many with less.
 COUPLED_DAMPING = 0.5
 
+#: Eigenvalues of a factor below this share of its damping are taken as one: their inverses differ by no more than this.
+TAIL = 0.3
+
 #: Factors with more rows are taken as the identity: their eigenvalues would cost more than the attack.
 LARGEST = 2048
 
@@ -47,6 +50,9 @@ MEAN, DEVIATION = 0.5, 0.25
 @dataclass(frozen=True)
 class Factors:
     r"""One tensor's :math:`M_l = s\, (O \otimes I \otimes K)`.
+
+    A factor is a symmetric matrix, n x n; or, where few of its eigenvalues are apart from the others, V, n x r, which
+    stands for :math:`1 - V V^T`: a product then takes 2r / n of the time.
 
     Attributes:
         scale: s; zero where the images do not change this tensor.
@@ -62,14 +68,14 @@ class Factors:
         """:math:`M_l` times a tensor of this shape."""
         if self.outputs is None and self.inputs is None and self.kernel is None:
             return self.scale * tensor
-        g = _three(tensor)
-        if self.outputs is not None:
-            g = (self.outputs @ g.flatten(1)).view_as(g)
+        g = _three(tensor).movedim(2, 0)  # kernel positions first: few and wide products of matrices, and no copy between them
         if self.kernel is not None:
-            g = g @ self.kernel
-        if self.inputs is not None:  # as one product of large matrices: a batch of narrow ones takes seven times as long
-            g = (g.transpose(1, 2).reshape(-1, g.shape[1]) @ self.inputs).view(len(g), -1, g.shape[1]).transpose(1, 2)
-        return (self.scale * g).reshape(tensor.shape)
+            g = _times(self.kernel, g.flatten(1)).view_as(g)
+        if self.outputs is not None:
+            g = _times(self.outputs, g)
+        if self.inputs is not None:
+            g = _times(self.inputs, g.flatten(0, 1).T).T.view_as(g)
+        return (self.scale * g).movedim(0, 2).reshape(tensor.shape)
 
 
 class Whitened:
@@ -181,13 +187,30 @@ def factors(updates: Iterable[Update], *, damping: float) -> dict[str, Factors]:
                 if square is None:
                     inverses.append(None)
                     continue
-                values, vectors = torch.linalg.eigh(square.double())
-                values = values.clamp_min(0)
-                inverse = 1 / (values / values[-1] + damping)
+                values, inverse, factor = _inverse(square.double(), damping)
                 expected *= float((values * inverse).sum() / values.sum())
-                inverses.append(((vectors * inverse) @ vectors.T).to(t.dtype))
+                inverses.append(factor.to(t.dtype))
             found[name] = Factors(t.numel() / expected, *inverses)
     return found
+
+
+def _inverse(square: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues of a sum of squares, those of its damped inverse up to a scale, and that inverse (:class:`Factors`)."""
+    values, vectors = torch.linalg.eigh(square)
+    values = values.clamp_min(0)
+    inverse = 1 / (values / values[-1] + damping)
+    apart = values > TAIL * damping * values[-1]
+    if 2 * int(apart.sum()) < len(values):
+        inverse[~apart] = inverse[~apart].mean()
+        inverse = inverse / inverse[0]
+        return values, inverse, vectors[:, apart] * (1 - inverse[apart]).sqrt()
+    return values, inverse, (vectors * inverse) @ vectors.T
+
+
+def _times(factor: Tensor, columns: Tensor) -> Tensor:
+    """A symmetric factor, as :class:`Factors` has it, times columns."""
+    n, r = factor.shape
+    return factor @ columns if r == n else columns - factor @ (factor.T @ columns)
 
 
 def _three(tensor: Tensor) -> Tensor:
