@@ -8,12 +8,14 @@ seconds against log B, P(F) or pixels, ``r_squared`` its R^2: linear growth is a
 same turns, has a slope too. An axis ends where its next point would take more than ``--max-seconds``.
 
 ``processes`` runs ``gradleak audit`` in one process of one thread and in two of one thread each
-(``torch.distributed.run``), in turns, and reads ``cost.seconds_per_round`` from their results.
+(``torch.distributed.run``), in turns, and takes the median time of a round after the first, which makes the metric and checks
+the secant; ``seconds_of_first`` is that one's.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -30,6 +32,7 @@ import gradleak as gl  # noqa: F401  (before torch: it sets how threads wait)
 # isort: split
 import torch
 
+from gradleak.folder import LOG
 from record import provenance, write_rows
 from step import FORWARD, HEAD, PROGRAMS, shown
 from tables import table
@@ -112,6 +115,7 @@ def fit(x: list[float], y: list[float]) -> tuple[float | None, float | None]:
 def processes(options: argparse.Namespace) -> list[Row]:
     """Seconds of a round of ``gradleak audit`` by each launcher, which take turns; a launcher that fails says why."""
     times: dict[str, list[float]] = {name: [] for name in LAUNCHERS}
+    first: dict[str, list[float]] = {name: [] for name in LAUNCHERS}
     memory: dict[str, list[float]] = {name: [] for name in LAUNCHERS}
     faults: dict[str, str] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -134,7 +138,9 @@ def processes(options: argparse.Namespace) -> list[Row]:
                     faults[name] = (done.stderr.strip().splitlines() or ["no message"])[-1]
                     continue
                 cost = json.loads((out / "result.json").read_text(encoding="utf-8"))["cost"]
-                times[name].append(cost["seconds_per_round"])
+                after = [json.loads(line)["seconds"] for line in (out / LOG).read_text(encoding="utf-8").splitlines()]
+                first[name].append(after[0])
+                times[name].append(statistics.median(b - a for a, b in itertools.pairwise(after)))
                 memory[name].append(cost["peak_memory_mb"])
     medians = {name: statistics.median(values) for name, values in times.items() if values and name not in faults}
     one = medians.get("one process")
@@ -147,6 +153,7 @@ def processes(options: argparse.Namespace) -> list[Row]:
             "rounds": options.rounds,
             "seconds_per_round": medians.get(name),
             "spread": [min(times[name]), max(times[name])] if name in medians else None,
+            "seconds_of_first": statistics.median(first[name]) if name in medians else None,
             "units": None,
             "peak_memory_mb": max(memory[name]) if name in medians else None,
             "ratio_vs_baseline": round(one / medians[name], 3) if one is not None and name in medians else None,
@@ -169,13 +176,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--channels", type=int, default=32, help="of the generators, whatever the batch")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-seconds", type=float, default=600.0, help="of one point")
-    parser.add_argument("--rounds", type=int, default=20, help="of each audit, for processes")
+    parser.add_argument("--rounds", type=int, default=20, help="of each audit, for processes; two or more")
     parser.add_argument("--spec", type=Path, help="what is audited, for processes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the points")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
+    if options.rounds < 2:
+        parser.error("--rounds: 2 or more, since the first one is left out")
     torch.set_num_threads(options.threads)
     origin = provenance(seed=0, device=options.device)
     rows: list[Row] = []

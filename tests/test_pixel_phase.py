@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from gradleak.invariance import bright_gain, hold_gain
 from gradleak.invert import Reconstruction, _Loop, invert
 from gradleak.labels import Labels, recover
 from gradleak.observation import Truth
-from gradleak.prior import smoothed, total_variation
+from gradleak.prior import coarse, smoothed, total_variation
 from gradleak.sharded import WHOLE, Shard
 from gradleak.spec import DataSpec
 
@@ -150,17 +151,47 @@ def test_a_relative_prior_makes_smoother_images_and_the_history_is_that_of_the_l
 
 
 def test_the_relative_prior_has_the_gradient_of_its_logarithm() -> None:
-    """And does not change with the unit of the loss: what is added is tau times that of log TV."""
+    """And does not change with the unit of the loss: what is added is tau times that of the logarithm."""
     torch.manual_seed(0)
     images = torch.rand(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    (expected,) = torch.autograd.grad(3 * total_variation(images).log(), images)
+    prior = (total_variation(images) / total_variation(coarse(images)).sqrt()).log()
+    (expected,) = torch.autograd.grad(3 * prior, images)
     loop = object.__new__(_Loop)
     loop.shard = WHOLE
     value = loop._smooth(images, 3.0)
-    assert value == pytest.approx(3 * float(total_variation(images.detach()).log()))
+    assert value == pytest.approx(3 * float(prior.detach()))
     assert images.grad is not None
     torch.testing.assert_close(images.grad, expected)
     assert loop._smooth(torch.zeros(1, 3, 8, 8, requires_grad=True), 3.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "side"),
+    [
+        ((256, 256), (32, 32)),
+        ((256, 128), (32, 16)),
+        ((128, 128), (32, 32)),
+        ((32, 32), (16, 16)),
+        ((4, 5), (2, 2)),
+        ((3, 9), (3, 9)),
+    ],
+)
+def test_coarse_images_have_about_32_pixels_and_their_means(shape: tuple[int, int], side: tuple[int, int]) -> None:
+    images = torch.rand(2, 3, *shape, dtype=torch.float64)
+    found = coarse(images)
+    assert found.shape == (2, 3, *side)
+    if (shape[0] * side[1], shape[0] % side[0], shape[1] % side[1]) == (side[0] * shape[1], 0, 0):
+        torch.testing.assert_close(found.mean((2, 3)), images.mean((2, 3)))
+
+
+def test_halving_the_contrast_is_worth_half_of_what_halving_fine_structure_alone_is() -> None:
+    """Contrast lowers the total variation of coarse images too."""
+    torch.manual_seed(0)
+    loop = object.__new__(_Loop)
+    loop.shard = WHOLE
+    images = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    before, less = (loop._smooth(x.requires_grad_(), 1.0) for x in (images.clone(), images / 2))
+    assert before - less == pytest.approx(math.log(2) / 2)
 
 
 def test_the_gain_is_held_while_the_generator_is_fitted_and_not_while_pixels_are(

@@ -31,7 +31,7 @@ from gradleak.invariance import bright_gain, gain_sensitivity, hold_gain
 from gradleak.labels import Labels
 from gradleak.memory import fit, is_out_of_memory, keep_freed_memory
 from gradleak.observation import Observation
-from gradleak.prior import total_variation
+from gradleak.prior import coarse, total_variation
 from gradleak.sharded import shard
 from gradleak.targets import FreeTargets
 from gradleak.vjp import SIGNED_TOLERANCE, TOLERANCE, Engine, SelfChecking, engine
@@ -597,14 +597,15 @@ class _Loop:
         return value
 
     def _smooth(self, images: Tensor, tau: float) -> float:
-        r""":math:`\tau \log \mathrm{TV}(x)`, whose gradient it adds to the parameters'; TV is that of all processes' images."""
-        own = self.shard.share * total_variation(images)
+        """The prior of :attr:`Phase.relative_total_variation`, over all processes; its gradient is added to the parameters'."""
+        own = self.shard.share * torch.stack([total_variation(images), total_variation(coarse(images))])
         whole = own.detach().clone()
         self.shard.sum_([whole])
-        if not whole > 0:
+        if not float(whole.min()) > 0:
             return 0.0
-        (tau * own / whole).backward(retain_graph=True)
-        return tau * math.log(whole)
+        weights = whole.new_tensor([tau, -tau / 2])
+        (weights * own / whole).sum().backward(retain_graph=True)
+        return float(weights @ whole.log())
 
     def _loss(self, images: Tensor, labels: Tensor, *, distance: Distance | None = None) -> float:
         """The matching loss, or another distance; infinity where it is not finite, or memory does not suffice."""

@@ -6,10 +6,14 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from gradleak.errors import ObservationError
 from gradleak.matching import assign
 from gradleak.protocols import ClientOperator
+
+#: Pixels of the longer side of a photograph without its fine structure (:func:`coarse`).
+COARSE = 32
 
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
 """Batch-norm layer -> mean and biased variance of what it is given, one number per channel."""
@@ -28,6 +32,17 @@ def total_variation(images: Tensor) -> Tensor:
         A scalar, in [0, 2] for images in [0, 1]; 0 for constant images.
     """
     return images.diff(dim=3).abs().mean() + images.diff(dim=2).abs().mean()
+
+
+def coarse(images: Tensor) -> Tensor:
+    """Means over squares of k x k pixels; k brings the longer side to about :data:`COARSE`, and is 2 at least.
+
+    Args:
+        images: B x C x H x W. A rest of H or W is left out. Images of less than four pixels a side stay as they are.
+    """
+    height, width = images.shape[-2:]
+    k = min(max(2, round(max(height, width) / COARSE)), min(height, width) // 2)
+    return avg_pool2d(images, k) if k > 1 else images
 
 
 @torch.no_grad()

@@ -61,9 +61,11 @@ class CINetAttack(Attack):
         pixel_share: Share of the rounds, the last ones, in which L-BFGS corrects the pixels of what the generator made
             (:class:`gradleak.image_model.Corrected`). The learning rate's schedule is that of all rounds. The generator has
             these rounds too in a group, with targets that are fitted, and where it left too much of the update unexplained.
-        relative_total_variation: :math:`\tau` in :math:`D\,\mathrm{TV}^\tau`, which the rounds on pixels minimise: one per cent
-            less total variation is worth :math:`\tau` per cent of the loss, however small that is. They start from what the
-            generator made, smoothed, since in the spectrum of photographs they hardly move its fine noise. 0: neither.
+        relative_total_variation: :math:`\tau` in :math:`D\,(\mathrm{TV}(x) / \sqrt{\mathrm{TV}(\bar x)})^\tau`, which the rounds
+            on pixels minimise: one per cent less total variation is worth :math:`\tau` per cent of the loss, however small that
+            is, and half as much where the images without their fine structure (:func:`gradleak.prior.coarse`) lose it too. They
+            start from what the generator made, smoothed, since in the spectrum of photographs they hardly move its fine noise.
+            0: neither.
 
     The choices are those of appendix B (:class:`gradleak.cinet.CINet`). The defaults are our fastest good recipe, ``cinet``:
     the whitened distance, Adam on signs with cosine decay, SiLU, sigmoid output, no spectral norm.

@@ -77,7 +77,9 @@ class Phase:
         begin: Called before the first of them with the best images so far, B x C x H x W, their matching loss as a share of
             the first one, and whether the distance is whitened. If it returns False, the phase before has these rounds too.
         precise: Whether its rounds are in float32 where the attack's precision is ``mixed``.
-        relative_total_variation: tau; above 0 its rounds minimise :math:`\log D + \tau \log \mathrm{TV}(x)` in place of D.
+        relative_total_variation: tau; above 0 its rounds minimise
+            :math:`\log D + \tau (\log \mathrm{TV}(x) - \tfrac12 \log \mathrm{TV}(\bar x))` in place of D, with
+            :math:`\bar x` the images without their fine structure (:func:`gradleak.prior.coarse`).
         drifting: Whether its steps let the gain of the images drift where the update does not tell it, so that it is to be
             held. Descent along the gradient itself does not: the gradient has no part in that direction.
     """
