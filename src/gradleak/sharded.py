@@ -464,7 +464,8 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: fl
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, part: Part) -> Tensor:
-        variance, mean = torch.var_mean(x, _but_channels(x), correction=0)
+        mean = x.mean(_but_channels(x))
+        variance = (x - _channels(mean, x)).square_().mean(_but_channels(x))  # torch.var_mean takes thirty times as long
         own = torch.stack([mean, variance])
         means, variances = _all_gather(own, part.world).unbind(1)
         shares = part.shares(own.device, own.dtype)
