@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,38 @@ def run(client: FedSGD, truth: Truth, *, rule: str = "known", **more: Any) -> Re
     recipe = attack("cinet", **{"rounds": 60, "channels": 16, **more})
     labels = recover("known", observation, client)
     return invert(observation, recipe, client=client, labels=Labels(labels.values, rule), progress=False, **loop)
+
+
+def test_pixels_are_smoothed_again_where_rounds_enough_follow(
+    client: FedSGD, truth: Truth, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The best iterate is then the best since, whatever came before; an interrupted run does the same."""
+    monkeypatch.setattr(sys.modules["gradleak.attacks.cinet"], "SMOOTH_EVERY", 8)
+    settled = []
+    settle = Corrected.settle
+    monkeypatch.setattr(Corrected, "settle", lambda self, images: (settled.append(images.clone()), settle(self, images)))
+    whole = run(client, truth, rounds=60, pixel_share=0.5)  # 30 rounds on pixels: smoothed before the 1st, 9th and 17th
+    assert len(settled) == 3
+    losses = [row["loss"] for row in whole.history]
+    assert losses[46] > losses[45]
+    assert whole.best_round > 46
+    assert whole.matching_loss <= min(losses[46:])
+    for cut in (38, 45, 46, 47):
+        path, calls = tmp_path / f"{cut}.safetensors", iter(range(1, 1000))
+        run(
+            client,
+            truth,
+            rounds=60,
+            pixel_share=0.5,
+            checkpoint=Checkpoint(path, every=1e9),
+            stop=lambda calls=calls, cut=cut: "SIGINT" if next(calls) == cut else "",
+        )
+        resumed = run(client, truth, rounds=60, pixel_share=0.5, checkpoint=Checkpoint(path, every=1e9))
+        assert torch.equal(resumed.images, whole.images), f"cut after round {cut}"
+        assert resumed.best_round == whole.best_round
+    settled.clear()
+    run(client, truth, rounds=60, pixel_share=0.5, relative_total_variation=0.0)
+    assert len(settled) == 1
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 16, 16), (1, 1, 5, 8), (1, 4, 7, 7)])

@@ -91,8 +91,9 @@ class Corrected(nn.Module):
 
     @torch.no_grad()
     def settle(self, images: Tensor) -> None:
-        """From now on correct these images."""
+        """From now on correct these images: u is zero."""
         self.images.copy_(images)
+        self.u.zero_()
         self.settled.fill_(True)
 
     def forward(self) -> Tensor:

@@ -139,7 +139,8 @@ def invert(
 ) -> Reconstruction:
     r"""Rebuild the client's images: minimise :math:`D(A(G(\theta), y), g^*)` over :math:`\theta`.
 
-    The iterate with the least matching loss is returned; quality is never looked at, and could not be. Inside
+    The iterate with the least matching loss is returned, of those since CI-Net's rounds on pixels last began from smoothed
+    images, where they begin more than once; quality is never looked at, and could not be. Inside
     :func:`gradleak.sharded.processes` each process computes with its images; all return the same, and the first one writes
     checkpoints.
 
@@ -384,15 +385,7 @@ class _Loop:
 
     def round(self) -> None:
         """One step of the optimiser. A loss that is not finite, or memory that runs out, is mended once."""
-        phase = self.plan[self.t]
-        if phase.begin is not None and self.plan[self.t - 1] is not phase:
-            left = self.best.loss / max(self.history[0]["loss"], sys.float_info.min)
-            if phase.begin(self.shard.gather(self.best.images), left, isinstance(self.distance, Whitened)):
-                self.retreat = self._state_to_fall_back_to()
-            else:
-                self.left_out.append(self.phases.index(phase))
-                self.plan = self._plan()
-                phase = self.plan[self.t]
+        phase = self._begun(self.plan[self.t])
         if isinstance(self.engine, SelfChecking):
             self.engine.tolerate(SIGNED_TOLERANCE if phase.signed else TOLERANCE)
         rate = phase.optimiser.param_groups[0]["lr"]
@@ -425,6 +418,24 @@ class _Loop:
             self.stopped = f"plateau: the matching loss fell by less than 1 % in {patience} rounds"
         elif self.t == self.rounds:
             self.stopped = f"all {self.rounds} rounds done"
+
+    def _begun(self, phase: Phase) -> Phase:
+        """The phase of this round, which begins here if it is time for that; or the one before, where it does not begin."""
+        if phase.begin is None:
+            return phase
+        first = self.plan.index(phase)
+        again = phase.again and (self.t - first) % phase.again == 0 and self.rounds - self.t >= phase.again
+        if self.t > first and not again:
+            return phase
+        left = self.best.loss / max(self.history[0]["loss"], sys.float_info.min)
+        if phase.begin(self.shard.gather(self.best.images), left, isinstance(self.distance, Whitened)):
+            self.retreat = self._state_to_fall_back_to()
+            if self.t > first:
+                self.best.begin_anew(self.t)
+            return phase
+        self.left_out.append(self.phases.index(phase))
+        self.plan = self._plan()
+        return self.plan[self.t]
 
     def _plan(self) -> list[Phase]:
         """The phase of each round; rounds of a phase that is left out are those of the one before."""
@@ -760,15 +771,19 @@ def _reconstruction(state: dict[str, Any]) -> Reconstruction:
 
 
 class _Best:
-    """The iterate with the least matching loss, and when the loss last fell by at least 1 %."""
+    """The iterate with the least matching loss since the last beginning, and when the loss last fell by at least 1 %."""
 
     def __init__(self) -> None:
         self.loss, self.round, self.images, self.labels = math.inf, 0, torch.empty(0), torch.empty(0)
-        self.last_gain, self._goal, self._new = 0, math.inf, False
+        self.last_gain, self._goal, self._new, self._anew = 0, math.inf, False, False
+
+    def begin_anew(self, t: int) -> None:
+        """The next iterate is the best one whatever its loss; until then the old one is at hand."""
+        self.last_gain, self._goal, self._anew = t, math.inf, True
 
     def offer(self, loss: float, images: Tensor, labels: Tensor) -> None:
-        if loss < self.loss:
-            self.loss, self._new = loss, True
+        if loss < self.loss or self._anew:
+            self.loss, self._new, self._anew = loss, True, False
             self.images, self.labels = images.detach().clone(), labels.detach().clone()
 
     def round_done(self, t: int) -> None:

@@ -41,6 +41,10 @@ LONGEST_STEP = 0.01
 #: images of 256 pixels. It is in proportion to their longer side: neighbours differ more in small photographs.
 SMOOTHING = 0.03
 
+#: Rounds on pixels in which what the update says has come back after smoothing; where as many again follow, they begin with the
+#: same once more. Fewer are better spent on going on.
+SMOOTH_EVERY = 400
+
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class CINetAttack(Attack):
@@ -61,11 +65,11 @@ class CINetAttack(Attack):
         pixel_share: Share of the rounds, the last ones, in which L-BFGS corrects the pixels of what the generator made
             (:class:`gradleak.image_model.Corrected`). The learning rate's schedule is that of all rounds. The generator has
             these rounds too in a group, with targets that are fitted, and where it left too much of the update unexplained.
-        relative_total_variation: :math:`\tau` in :math:`D\,(\mathrm{TV}(x) / \sqrt{\mathrm{TV}(\bar x)})^\tau`, which the rounds
-            on pixels minimise: one per cent less total variation is worth :math:`\tau` per cent of the loss, however small that
-            is, and half as much where the images without their fine structure (:func:`gradleak.prior.coarse`) lose it too. They
-            start from what the generator made, smoothed, since in the spectrum of photographs they hardly move its fine noise.
-            0: neither.
+        relative_total_variation: :math:`\tau` in :math:`D\,(\mathrm{TV}(x) / \sqrt{\mathrm{TV}(\bar x)})^\tau`, which the
+            rounds on pixels minimise: one per cent less total variation is worth :math:`\tau` per cent of the loss, however
+            small it is, and half as much where the images without their fine structure (:func:`gradleak.prior.coarse`) lose it
+            too. They start from what the generator made, smoothed, since in the spectrum of photographs they hardly move its
+            fine noise; and after :data:`SMOOTH_EVERY` rounds from what they have come to, smoothed. 0: neither.
 
     The choices are those of appendix B (:class:`gradleak.cinet.CINet`). The defaults are our fastest good recipe, ``cinet``:
     the whitened distance, Adam on signs with cosine decay, SiLU, sigmoid output, no spectral norm.
@@ -107,8 +111,9 @@ class CINetAttack(Attack):
         lbfgs = LBFGS([image_model.u], lr=LONGEST_STEP)
 
         def begin(images: Tensor, share: float, whitened: bool) -> bool:
-            explained = share <= (WHITENED_EXPLAINED if whitened else EXPLAINED)
+            explained = bool(image_model.settled) or share <= (WHITENED_EXPLAINED if whitened else EXPLAINED)
             if explained:
+                lbfgs.state.clear()
                 weight = SMOOTHING * max(images.shape[2:]) / 256
                 image_model.settle(smoothed(images, weight=weight) if self.relative_total_variation else images)
             return explained
@@ -120,6 +125,7 @@ class CINetAttack(Attack):
                 lbfgs,
                 LambdaLR(lbfgs, lambda t: 1.0),
                 begin=begin,
+                again=SMOOTH_EVERY if self.relative_total_variation else 0,
                 precise=True,
                 drifting=False,
                 relative_total_variation=self.relative_total_variation,

@@ -76,6 +76,8 @@ class Phase:
         signed: Whether the optimiser is fed the sign of the gradient.
         begin: Called before the first of them with the best images so far, B x C x H x W, their matching loss as a share of
             the first one, and whether the distance is whitened. If it returns False, the phase before has these rounds too.
+        again: ``begin`` is called again after so many of them, where as many are left, and the best images are those with the
+            least matching loss since then. 0: never.
         precise: Whether its rounds are in float32 where the attack's precision is ``mixed``.
         relative_total_variation: tau; above 0 its rounds minimise
             :math:`\log D + \tau (\log \mathrm{TV}(x) - \tfrac12 \log \mathrm{TV}(\bar x))` in place of D, with
@@ -89,6 +91,7 @@ class Phase:
     schedule: LambdaLR
     signed: bool = False
     begin: Callable[[Tensor, float, bool], bool] | None = None
+    again: int = 0
     precise: bool = False
     relative_total_variation: float = 0.0
     drifting: bool = True
