@@ -41,8 +41,8 @@ LONGEST_STEP = 0.01
 #: images of 256 pixels. It is in proportion to their longer side: neighbours differ more in small photographs.
 SMOOTHING = 0.03
 
-#: Rounds on pixels after which they begin again from what they have come to, smoothed, if as many are left for the update's share
-#: of that to come back. Fewer are better spent on going on.
+#: Rounds on pixels after which they begin again from what they have come to, smoothed, if as many are left. Fewer are better
+#: spent on going on.
 SMOOTH_EVERY = 400
 
 
