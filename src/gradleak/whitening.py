@@ -187,15 +187,15 @@ def factors(updates: Iterable[Update], *, damping: float) -> dict[str, Factors]:
                 if square is None:
                     inverses.append(None)
                     continue
-                values, inverse, factor = _inverse(square.double(), damping)
-                expected *= float((values * inverse).sum() / values.sum())
-                inverses.append(factor.to(t.dtype))
+                share, inverse = _inverse(square.double(), damping)
+                expected *= share
+                inverses.append(inverse.to(t.dtype))
             found[name] = Factors(t.numel() / expected, *inverses)
     return found
 
 
-def _inverse(square: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues of a sum of squares, those of its damped inverse up to a scale, and that inverse (:class:`Factors`)."""
+def _inverse(square: Tensor, damping: float) -> tuple[float, Tensor]:
+    """A sum of squares: the trace of its product with its damped inverse over its own, and that inverse (:class:`Factors`)."""
     values, vectors = torch.linalg.eigh(square)
     values = values.clamp_min(0)
     inverse = 1 / (values / values[-1] + damping)
@@ -203,8 +203,10 @@ def _inverse(square: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
     if 2 * int(apart.sum()) < len(values):
         inverse[~apart] = inverse[~apart].mean()
         inverse = inverse / inverse[0]
-        return values, inverse, vectors[:, apart] * (1 - inverse[apart]).sqrt()
-    return values, inverse, (vectors * inverse) @ vectors.T
+        factor = vectors[:, apart] * (1 - inverse[apart]).sqrt()
+    else:
+        factor = (vectors * inverse) @ vectors.T
+    return float((values * inverse).sum() / values.sum()), factor
 
 
 def _times(factor: Tensor, columns: Tensor) -> Tensor:
