@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 import os
 import platform
 import socket
@@ -82,21 +84,42 @@ def sums() -> dict[str, Any]:
             totals = [t.clone() for t in drawn]
             for total in totals:
                 sharded._all_reduce(total)
-        ways[str(way.memory is not None)] = [totals, [sharded._all_gather(t, WORLD) for t in small]]
+        ways[str(way.memory is not None)] = [totals, [sharded._all_gather(t, WORLD) for t in small], *divided(joined)]
     sharded._joined = joined
     return {"ways": ways, "drawn": drawn}
+
+
+def divided(joined: sharded.Processes) -> list[Any]:
+    """Which tensors this process works on, and what all of them have after each has put its rank plus one into its own."""
+    part, shapes = sharded.Part(joined, batch=5), {"a": (SLOT // 2,), "b": (3, 4), "c": (), "d": (2, SLOT // 8), "e": (5,)}
+    like = {name: torch.arange(math.prod(shape), dtype=torch.float32).view(shape) for name, shape in shapes.items()}
+    own = part.own_of(like)
+    return [own, part.collect({name: like[name] + joined.rank + 1 for name in own}, like)]
 
 
 def test_sums_through_shared_memory_are_the_sums(found: list[dict[str, Any]]) -> None:
     assert set(found[0]["sums"]["ways"]) == ({"True", "False"} if SHARES_MEMORY else {"False"})
     drawn = [process["sums"]["drawn"] for process in found]
     for process in found:
-        for totals, gathered in process["sums"]["ways"].values():
+        for totals, gathered, *_ in process["sums"]["ways"].values():
             for total, parts in zip(totals, zip(*drawn, strict=True), strict=True):
                 assert torch.equal(total, parts[0] + parts[1])
             small = [parts for parts in zip(*drawn, strict=True) if parts[0].numel() < 100]
             for whole, parts in zip(gathered, small, strict=True):
                 assert torch.equal(whole, torch.stack(parts))
+
+
+def test_what_each_process_made_of_its_tensors_all_have(found: list[dict[str, Any]]) -> None:
+    for way in found[0]["sums"]["ways"]:
+        owns = [process["sums"]["ways"][way][2] for process in found]
+        assert sorted(itertools.chain(*owns)) == ["a", "b", "c", "d", "e"]
+        assert owns[0] == ["a"]  # as many numbers as all others together, and more
+        for process in found:
+            collected = process["sums"]["ways"][way][3]
+            assert list(collected) == ["a", "b", "c", "d", "e"]
+            for name, t in collected.items():
+                rank = next(r for r, own in enumerate(owns) if name in own)
+                assert torch.equal(t.flatten(), torch.arange(t.numel()) + rank + 1.0)
 
 
 @pytest.mark.skipif(not SHARES_MEMORY, reason="needs memfd_create, and a processor that keeps the order of its writes")

@@ -133,6 +133,35 @@ def test_eigenvalues_below_the_damping_are_taken_as_one(monkeypatch: pytest.Monk
     assert ratios.mean() == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.parametrize("tail", [0.0, 1.0, 1e9])
+def test_a_product_is_that_of_the_factors_and_leaves_its_argument_as_it_was(
+    tail: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole factors, those of few columns, and both: products are computed in place of each other."""
+    monkeypatch.setattr(whitening, "TAIL", tail)
+    for name, found in factors((update(seed) for seed in range(5)), damping=0.05).items():
+        g = update(7)[name]
+        before = g.clone()
+        given = [found.outputs, found.inputs, found.kernel]
+        whole = [f if f is None or f.shape[0] == f.shape[1] else torch.eye(len(f)).double() - f @ f.T for f in given]
+        expected = found.scale * g.reshape(*g.shape[:2], -1) if g.ndim > 1 else found.scale * g
+        for factor, product in zip(whole, ("ao,oik->aik", "ai,oik->oak", "ak,oik->oia"), strict=True):
+            if factor is not None:
+                expected = torch.einsum(product, factor, expected)
+        torch.testing.assert_close(found(g), expected.reshape(g.shape))
+        assert torch.equal(g, before)
+
+
+def test_only_the_asked_for_tensors_have_factors_and_these_are_the_same() -> None:
+    """What is round-off is judged by the whole update."""
+    whole = factors((update(seed) for seed in range(5)), damping=0.05)
+    some = factors((update(seed) for seed in range(5)), damping=0.05, names=["linear", "bias"])
+    assert set(some) == {"linear", "bias"}
+    for name, found in some.items():
+        assert found.scale == whole[name].scale
+        torch.testing.assert_close(found(update(9)[name]), whole[name](update(9)[name]), rtol=0, atol=0)
+
+
 def setting() -> tuple[gl.Observation, gl.FedSGD, gl.Truth]:
     truth = gl.Truth(torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(5)), torch.tensor([0, 1, 2, 3]))
     client = gl.FedSGD(gl.build_model(gl.ModelSpec(name="convnet", activation="sigmoid"), image_shape=(3, 16, 16)))
@@ -193,8 +222,8 @@ def test_a_larger_batch_has_less_damping_where_images_are_coupled(
     mode: str, batch: int, damping: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = []
-    monkeypatch.setattr(whitening, "factors", lambda updates, damping: used.append(damping) or {})
-    monkeypatch.setattr(whitening, "Whitened", lambda found, observed: found)
+    monkeypatch.setattr(whitening, "factors", lambda updates, damping, names: used.append(damping) or {})
+    monkeypatch.setattr(whitening, "Whitened", lambda found, observed, shard: found)
     client = gl.FedSGD(gl.build_model(gl.ModelSpec(name="resnet18-cifar", width=2), image_shape=(3, 16, 16)), mode=mode)
     whitened(client, torch.zeros(batch, dtype=torch.long), {}, (3, 16, 16))
     assert used == [damping]

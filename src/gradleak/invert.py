@@ -264,7 +264,7 @@ def distance_to(problem: Problem, attack: Attack) -> Distance:
         return DISTANCES[attack.distance]
     if problem.observation.defences or problem.observation.protocol.transport is not None:
         return cosine
-    found = whitened(problem.client, problem.labels, problem.observed, problem.image_shape)
+    found = whitened(problem.client, problem.labels, problem.observed, problem.image_shape, shard=problem.shard)
     return found if 0 < found.size < math.inf else cosine
 
 

@@ -37,6 +37,10 @@ from gradleak.vjp import Engine, Transpose, exact
 
 T = TypeVar("T")
 
+#: A sum over the processes takes tensors with so many numbers as they are, and smaller ones together: a copy costs more than
+#: another collective operation.
+ALONE = 2**16
+
 #: How long a process waits for what the first one does alone: evaluation can take long.
 PATIENCE = timedelta(days=1)
 
@@ -193,6 +197,19 @@ class Shard:
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Sums over the processes, in place."""
 
+    def own_of(self, tensors: Update) -> list[str]:
+        """The names of those that this process works on; each has about as many numbers."""
+        return list(tensors)
+
+    def collect(self, own: Update, like: Update) -> Update:
+        """All that the processes made, in each: of the names, shapes and order of ``like``.
+
+        Args:
+            own: What this one made (:meth:`own_of`).
+            like: The tensors that were divided among them.
+        """
+        return own
+
     def dot(self, a: Tensor, b: Tensor) -> float:
         r""":math:`\langle a, b \rangle` of something that every process has for its images."""
         return float((a * b).sum())
@@ -273,11 +290,44 @@ class Part(Shard):
         return _Synchronised(self)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        if not tensors:
-            return
-        whole = torch.cat([t.flatten() for t in tensors])
-        _all_reduce(whole)
-        torch._foreach_copy_(list(tensors), _like(whole, tensors))
+        small = []
+        for t in tensors:
+            if t.numel() < ALONE:
+                small.append(t)
+                continue
+            whole = t.contiguous()
+            _all_reduce(whole)
+            if whole is not t:
+                t.copy_(whole)
+        if small:
+            whole = torch.cat([t.flatten() for t in small])
+            _all_reduce(whole)
+            torch._foreach_copy_(small, _like(whole, small))
+
+    def own_of(self, tensors: Update) -> list[str]:
+        return self._divided(tensors)[self.rank]
+
+    def _divided(self, tensors: Update) -> list[list[str]]:
+        """The names of each process's: the largest first, to the one that has the least so far."""
+        loads = [0] * self.world
+        found: list[list[str]] = [[] for _ in loads]
+        for name in sorted(tensors, key=lambda name: -tensors[name].numel()):
+            least = loads.index(min(loads))
+            loads[least] += tensors[name].numel()
+            found[least].append(name)
+        return found
+
+    def collect(self, own: Update, like: Update) -> Update:
+        names, some = self._divided(like), next(iter(like.values()))
+        parts = [some.new_empty(sum(like[name].numel() for name in of_one)) for of_one in names]
+        if own:
+            torch.cat([own[name].flatten() for name in names[self.rank]], out=parts[self.rank])
+        _exchange(parts, self.rank)
+        found = dict(own)
+        for rank, of_one in enumerate(names):
+            if rank != self.rank:
+                found |= zip(of_one, _like(parts[rank], [like[name] for name in of_one]), strict=True)
+        return {name: found[name] for name in like}
 
     def dot(self, a: Tensor, b: Tensor) -> float:
         return float(_sum((a * b).sum()))
@@ -553,6 +603,15 @@ def _all_gather(own: Tensor, world: int) -> Tensor:
     found = [torch.empty_like(own) for _ in range(world)]
     dist.all_gather(found, own)
     return torch.stack(found)
+
+
+def _exchange(parts: list[Tensor], rank: int) -> None:
+    """Each process has its own part; afterwards all of them, in place. Their lengths may differ."""
+    if _joined is not None and _joined.memory is not None and parts[rank].device.type == "cpu":
+        _joined.memory.exchange_(parts)
+    else:
+        for source, part in enumerate(parts):
+            dist.broadcast(part, src=source)
 
 
 def _sum(x: Tensor) -> Tensor:

@@ -70,21 +70,34 @@ class SharedMemory:
         """The sum over the processes in place of a contiguous tensor, added up in the order of their ranks."""
         whole = tensor.view(-1)
         for piece in whole.split(SLOT // tensor.element_size()):
-            parts = self._exchange(piece)
-            piece.copy_(parts[0])
-            for part in parts[1:]:
+            first, second, *others = self._exchange([piece] * self.world)
+            torch.add(first, second, out=piece)
+            for part in others:
                 piece.add_(part)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """All processes' contiguous tensors, world x their shape; of no more than a slot's size."""
-        return torch.stack(self._exchange(tensor.view(-1))).view(self.world, *tensor.shape)
+        return torch.stack(self._exchange([tensor.view(-1)] * self.world)).view(self.world, *tensor.shape)
 
-    def _exchange(self, piece: Tensor) -> list[Tensor]:
-        """What each process has; to be read before the next exchange."""
+    def exchange_(self, parts: list[Tensor]) -> None:
+        """Each process's vector in all of them, in place of what they have there; of any lengths."""
+        step = SLOT // parts[0].element_size()
+        for start in range(0, max(map(len, parts)), step):
+            pieces = [part[start : start + step] for part in parts]
+            for rank, (piece, sent) in enumerate(zip(pieces, self._exchange(pieces), strict=True)):
+                if rank != self.rank:
+                    piece.copy_(sent)
+
+    def _exchange(self, pieces: list[Tensor]) -> list[Tensor]:
+        """What each process has in place of pieces of these sizes, this one the one of its rank; to be read before the next
+        exchange.
+        """
         self._done += 1
-        size = piece.numel() * piece.element_size()
-        slots = [slot[:size].view(piece.dtype) for slot in self._slots[self._done % 2]]
-        slots[self.rank].copy_(piece)
+        slots = [
+            slot[: piece.numel() * piece.element_size()].view(piece.dtype)
+            for slot, piece in zip(self._slots[self._done % 2], pieces, strict=True)
+        ]
+        slots[self.rank].copy_(pieces[self.rank])
         self._counts[self.rank * _LINE // 8] = self._done
         for r in range(self.world):
             self._wait(r)

@@ -14,7 +14,7 @@ multiple of the identity. No image of the client is needed: only the labels, W, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from gradleak import mixed
 from gradleak.client import ClientOperator
 from gradleak.image_model import photographic
 from gradleak.observation import Update
+from gradleak.sharded import WHOLE, Shard
 
 #: Batches of random images from which the covariance is taken.
 SAMPLES = 8
@@ -69,13 +70,13 @@ class Factors:
         if self.outputs is None and self.inputs is None and self.kernel is None:
             return self.scale * tensor
         g = _three(tensor).movedim(2, 0)  # kernel positions first: few and wide products of matrices, and no copy between them
-        if self.kernel is not None:
-            g = _times(self.kernel, g.flatten(1)).view_as(g)
+        shape, columns = g.shape, g.flatten(1)
+        g = (self.scale * columns if self.kernel is None else self.scale * _times(self.kernel, columns)).view(shape)
         if self.outputs is not None:
-            g = _times(self.outputs, g)
+            g = _times_(self.outputs, g)
         if self.inputs is not None:
-            g = _times(self.inputs, g.flatten(0, 1).T).T.view_as(g)
-        return (self.scale * g).movedim(0, 2).reshape(tensor.shape)
+            g = _times_(self.inputs, g.flatten(0, 1).T).T.view(shape)
+        return g.movedim(0, 2).reshape(tensor.shape)
 
 
 class Whitened:
@@ -87,31 +88,33 @@ class Whitened:
     .. math:: \|g\|_M^2 = c^2 \|g^*\|_M^2 + \|e\|_M^2, \qquad
               \frac{\partial D}{\partial g} = \frac{c \|g^*\|_M}{\|g\|_M^3} M e - \frac{\|e\|_M^2}{\|g^*\|_M \|g\|_M^3} M g^*,
 
-    so that M is applied once, to something small: a small distance keeps its digits.
+    so that M is applied once, to something small: a small distance keeps its digits. Of several processes each applies it to
+    some of the tensors.
 
     Args:
-        factors: M, name -> :class:`Factors` (:func:`factors`).
+        factors: M, name -> :class:`Factors` (:func:`factors`), of the tensors that this process works on.
         observed: :math:`g^*`.
+        shard: The processes.
     """
 
-    def __init__(self, factors: dict[str, Factors], observed: Update) -> None:
-        self.factors, self.observed = factors, observed
-        self.whitened = {name: factors[name](t) for name, t in observed.items()}
-        self.size = _dot(observed, self.whitened) ** 0.5
+    def __init__(self, factors: dict[str, Factors], observed: Update, *, shard: Shard = WHOLE) -> None:
+        self.factors, self.observed, self.shard = factors, observed, shard
+        self.whitened = {name: factors[name](observed[name]) for name in shard.own_of(observed)}
+        self.size = self._sum(_products(observed, self.whitened)) ** 0.5
 
     def __call__(self, update: Update, observed: Update) -> tuple[float, Update]:
         """Value and cotangent (names of ``observed``, which must be the update that this distance was made for)."""
         if observed is not self.observed:
-            return Whitened(self.factors, observed)(update, observed)
+            return Whitened(self.factors, observed, shard=self.shard)(update, observed)
         if self.size == 0:
             return 1.0, {name: torch.zeros_like(t) for name, t in observed.items()}
-        c = _dot(update, self.whitened) / self.size**2
+        c = self._sum(_products(update, self.whitened)) / self.size**2
         cotangent, products = {}, []
-        for name, target in observed.items():
-            e = torch.sub(update[name], target, alpha=c)
+        for name in self.whitened:
+            e = torch.sub(update[name], observed[name], alpha=c)
             cotangent[name] = self.factors[name](e)
             products.append(torch.dot(e.flatten(), cotangent[name].flatten()))
-        squared = _total(products)
+        squared = self._sum(products)
         along = c * self.size
         length = (along**2 + squared) ** 0.5
         if length == 0:
@@ -119,10 +122,18 @@ class Whitened:
         value = squared / (length * (length + along)) if along > 0 else 1 - along / length
         for name, t in cotangent.items():
             t.mul_(along / length**3).sub_(self.whitened[name], alpha=squared / (self.size * length**3))
-        return value, cotangent
+        return value, self.shard.collect(cotangent, observed)
+
+    def _sum(self, products: list[Tensor]) -> float:
+        """Over all processes."""
+        total = _total([next(iter(self.observed.values())).new_zeros(()), *products])
+        self.shard.sum_([total])
+        return float(total)
 
 
-def whitened(client: ClientOperator, labels: Tensor, observed: Update, image_shape: tuple[int, int, int]) -> Whitened:
+def whitened(
+    client: ClientOperator, labels: Tensor, observed: Update, image_shape: tuple[int, int, int], *, shard: Shard = WHOLE
+) -> Whitened:
     """The distance to ``observed`` for batches with these labels; the same for the same client, labels and shapes.
 
     Args:
@@ -130,6 +141,7 @@ def whitened(client: ClientOperator, labels: Tensor, observed: Update, image_sha
         labels: B labels.
         observed: g*; its names are compared.
         image_shape: (C, H, W).
+        shard: The processes that divide the metric's tensors among them.
     """
 
     def sent() -> Iterator[Update]:
@@ -142,15 +154,16 @@ def whitened(client: ClientOperator, labels: Tensor, observed: Update, image_sha
 
     damping = COUPLED_DAMPING / len(labels) if client.has_batch_statistics else DAMPING
     with mixed.rounds(False, labels.device):  # it serves the rounds in float32 too
-        return Whitened(factors(sent(), damping=damping), observed)
+        return Whitened(factors(sent(), damping=damping, names=shard.own_of(observed)), observed, shard=shard)
 
 
-def factors(updates: Iterable[Update], *, damping: float) -> dict[str, Factors]:
+def factors(updates: Iterable[Update], *, damping: float, names: Collection[str] | None = None) -> dict[str, Factors]:
     """M from two or more updates of random images: the inverse of their covariance about their mean, tensor by tensor.
 
     Args:
         updates: Of the same names and shapes.
         damping: Added to each factor of the covariance, as a share of its largest eigenvalue; positive.
+        names: Of which tensors; None: of all.
     """
     mean: Update = {}
     scatter: dict[str, list[Tensor | None]] = {}
@@ -158,12 +171,14 @@ def factors(updates: Iterable[Update], *, damping: float) -> dict[str, Factors]:
     for count, update in enumerate(updates):
         if not count:
             mean = {name: t.clone() for name, t in update.items()}
-            scatter = {name: [None, None, None] for name in update}
-            total = dict.fromkeys(update, 0.0)
+            scatter = {name: [None, None, None] for name in update if names is None or name in names}
+            total = dict.fromkeys(scatter, 0.0)
             continue
         for name, t in update.items():  # Welford: deviations from the mean so far
             deviation = t - mean[name]
             mean[name] += deviation / (count + 1)
+            if name not in scatter:
+                continue
             weight = count / (count + 1)
             total[name] += weight * float(deviation.square().sum())
             if t.ndim > 1:
@@ -172,9 +187,10 @@ def factors(updates: Iterable[Update], *, damping: float) -> dict[str, Factors]:
                     for old, new in zip(scatter[name], _squares(_three(deviation)), strict=True)
                 ]
     numbers = sum(t.numel() for t in mean.values())
-    faint = ROUND_OFF**2 * _dot(mean, mean) / numbers
+    faint = ROUND_OFF**2 * float(_total(_products(mean, mean))) / numbers
     found = {}
-    for name, t in mean.items():
+    for name in scatter:
+        t = mean[name]
         if not faint * t.numel() < total[name] < math.inf:  # nor where it is not a number
             found[name] = Factors(0.0)
         elif t.ndim < 2:
@@ -215,6 +231,17 @@ def _times(factor: Tensor, columns: Tensor) -> Tensor:
     return factor @ columns if r == n else columns - factor @ (factor.T @ columns)
 
 
+def _times_(factor: Tensor, columns: Tensor) -> Tensor:
+    """:func:`_times`, in place of the columns where it can be: large tensors cost more to allocate than to add to."""
+    n, r = factor.shape
+    if r == n:
+        return factor @ columns
+    if columns.ndim == 2:
+        return columns.addmm_(factor, factor.T @ columns, alpha=-1)
+    factor = factor.expand(len(columns), n, r)
+    return columns.baddbmm_(factor, factor.mT @ columns, alpha=-1)
+
+
 def _three(tensor: Tensor) -> Tensor:
     """A weight of two or more dimensions as outputs x inputs x kernel positions."""
     return tensor.reshape(tensor.shape[0], tensor.shape[1], -1)
@@ -228,11 +255,11 @@ def _squares(g: Tensor) -> list[Tensor | None]:
     ]
 
 
-def _dot(a: Update, b: Update) -> float:
-    """Sum over the tensors of b."""
-    return _total([torch.dot(a[name].flatten(), t.flatten()) for name, t in b.items()])
+def _products(a: Update, b: Update) -> list[Tensor]:
+    """Of each tensor of b with that of a."""
+    return [torch.dot(a[name].flatten(), t.flatten()) for name, t in b.items()]
 
 
-def _total(numbers: list[Tensor]) -> float:
-    """Sum in float64; one transfer from a GPU, which would stand still at each."""
-    return float(torch.stack(numbers).double().sum())
+def _total(numbers: list[Tensor]) -> Tensor:
+    """Sum in float64; one tensor, so that a GPU waits once."""
+    return torch.stack(numbers).double().sum()
