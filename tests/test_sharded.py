@@ -93,8 +93,9 @@ def divided(joined: sharded.Processes) -> list[Any]:
     """Which tensors this process works on, and what all of them have after each has put its rank plus one into its own."""
     part, shapes = sharded.Part(joined, batch=5), {"a": (SLOT // 2,), "b": (3, 4), "c": (), "d": (2, SLOT // 8), "e": (5,)}
     like = {name: torch.arange(math.prod(shape), dtype=torch.float32).view(shape) for name, shape in shapes.items()}
-    own = part.own_of(like)
-    return [own, part.collect({name: like[name] + joined.rank + 1 for name in own}, like)]
+    one = {"b": like["b"]}  # fewer than processes
+    made = [{name: t[name] + joined.rank + 1 for name in part.own_of(t)} for t in (like, one)]
+    return [part.own_of(like), part.collect(made[0], like) | {"one": part.collect(made[1], one)["b"]}]
 
 
 def test_sums_through_shared_memory_are_the_sums(found: list[dict[str, Any]]) -> None:
@@ -116,6 +117,7 @@ def test_what_each_process_made_of_its_tensors_all_have(found: list[dict[str, An
         assert owns[0] == ["a"]  # as many numbers as all others together, and more
         for process in found:
             collected = process["sums"]["ways"][way][3]
+            assert torch.equal(collected.pop("one").flatten(), torch.arange(12) + 1.0)
             assert list(collected) == ["a", "b", "c", "d", "e"]
             for name, t in collected.items():
                 rank = next(r for r, own in enumerate(owns) if name in own)

@@ -611,7 +611,8 @@ def _exchange(parts: list[Tensor], rank: int) -> None:
         _joined.memory.exchange_(parts)
     else:
         for source, part in enumerate(parts):
-            dist.broadcast(part, src=source)
+            if len(part):
+                dist.broadcast(part, src=source)
 
 
 def _sum(x: Tensor) -> Tensor:

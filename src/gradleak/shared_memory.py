@@ -1,4 +1,4 @@
-"""Sums over processes of one machine through memory that they share: microseconds, where sockets take milliseconds.
+"""Sums and exchanges between processes of one machine in memory that they share: microseconds, where sockets take milliseconds.
 
 Batch norm asks for a few hundred numbers of all processes a hundred times in a round. Each process has two slots, and a count
 of what it has written. It writes to the slots in turn, waits until all counts are as far as its own, and reads. When it writes
