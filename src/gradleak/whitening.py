@@ -71,7 +71,7 @@ class Factors:
             return self.scale * tensor
         g = _three(tensor).movedim(2, 0)  # kernel positions first: few and wide products of matrices, and no copy between them
         shape, columns = g.shape, g.flatten(1)
-        g = (self.scale * columns if self.kernel is None else self.scale * _times(self.kernel, columns)).view(shape)
+        g = (self.scale * columns if self.kernel is None else _times(self.kernel, columns).mul_(self.scale)).view(shape)
         if self.outputs is not None:
             g = _times_(self.outputs, g)
         if self.inputs is not None:
