@@ -141,15 +141,25 @@ def test_an_attack_with_all_of_f_in_bfloat16_fits_as_well(client: FedSGD) -> Non
 
 @pytest.mark.usefixtures("_matrix_units")
 def test_where_bfloat16_is_too_far_off_it_is_given_up(client: FedSGD, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is tried once, in a round that is float32's."""
-    passes = []
-    monkeypatch.setattr(bfloat16, "passes", lambda: (passes.append(1), contextlib.nullcontext())[1])
-    monkeypatch.setitem(LOOP, "WHOLE_TOLERANCE", -1.0)  # passes are as ever here, without an error
+    """It is tried once, and the rounds that follow are those of a processor without matrix units."""
+    passes: list[str] = []
+    formats: list[str] = []
+    tried, gradients = bfloat16.passes, mixed.weight_gradients
+    monkeypatch.setattr(bfloat16, "passes", lambda: (passes.append("tried"), tried())[1])
+    monkeypatch.setattr(mixed, "weight_gradients", lambda: (formats.append(mixed._format.get()), gradients())[1])
+    monkeypatch.setitem(LOOP, "WHOLE_TOLERANCE", 1e-6)
     found = run(client, precision="mixed", rounds=24)
+    of_found = formats.copy()
     assert len(passes) == 1
     assert "whole_model_in_bfloat16" not in found.notes
     assert found.notes["bfloat16"]
-    assert found.history[0]["loss"] == pytest.approx(run(client, rounds=8).history[0]["loss"], rel=0.02)
+    monkeypatch.setattr(mixed, "matrix_units", lambda device: False)
+    formats.clear()
+    other = run(client, precision="mixed", rounds=24)
+    assert len(passes) == 1
+    assert (of_found[0], formats[0]) == ("float32", "bfloat16")
+    assert of_found[1:] == formats[1:]
+    assert found.history[0]["loss"] == pytest.approx(other.history[0]["loss"], rel=0.02)
 
 
 @pytest.mark.usefixtures("_matrix_units")

@@ -323,10 +323,9 @@ class Part(Shard):
         if own:
             torch.cat([own[name].flatten() for name in names[self.rank]], out=parts[self.rank])
         _exchange(parts, self.rank)
-        found = dict(own)
-        for rank, of_one in enumerate(names):
-            if rank != self.rank:
-                found |= zip(of_one, _like(parts[rank], [like[name] for name in of_one]), strict=True)
+        found: Update = {}
+        for of_one, part in zip(names, parts, strict=True):
+            found |= zip(of_one, _like(part, [like[name] for name in of_one]), strict=True)
         return {name: found[name] for name in like}
 
     def dot(self, a: Tensor, b: Tensor) -> float:
@@ -588,18 +587,25 @@ class _Sum(torch.autograd.Function):
         return _sum(cotangents[0])
 
 
+def _memory_for(tensor: Tensor) -> SharedMemory | None:
+    """What the processes share, if a tensor can go through it."""
+    return None if _joined is None or tensor.device.type != "cpu" else _joined.memory
+
+
 def _all_reduce(tensor: Tensor) -> None:
     """The sum over the processes, in place; through their shared memory where they have it."""
-    if _joined is not None and _joined.memory is not None and tensor.device.type == "cpu":
-        _joined.memory.sum_(tensor)
+    memory = _memory_for(tensor)
+    if memory is not None:
+        memory.sum_(tensor)
     else:
         dist.all_reduce(tensor)
 
 
 def _all_gather(own: Tensor, world: int) -> Tensor:
     """All processes' small tensors, world x their shape."""
-    if _joined is not None and _joined.memory is not None and own.device.type == "cpu":
-        return _joined.memory.gather(own)
+    memory = _memory_for(own)
+    if memory is not None:
+        return memory.gather(own)
     found = [torch.empty_like(own) for _ in range(world)]
     dist.all_gather(found, own)
     return torch.stack(found)
@@ -607,8 +613,9 @@ def _all_gather(own: Tensor, world: int) -> Tensor:
 
 def _exchange(parts: list[Tensor], rank: int) -> None:
     """Each process has its own part; afterwards all of them, in place. Their lengths may differ."""
-    if _joined is not None and _joined.memory is not None and parts[rank].device.type == "cpu":
-        _joined.memory.exchange_(parts)
+    memory = _memory_for(parts[rank])
+    if memory is not None:
+        memory.exchange_(parts)
     else:
         for source, part in enumerate(parts):
             if len(part):

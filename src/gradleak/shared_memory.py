@@ -89,8 +89,8 @@ class SharedMemory:
                     piece.copy_(sent)
 
     def _exchange(self, pieces: list[Tensor]) -> list[Tensor]:
-        """What each process has in place of pieces of these sizes, this one the one of its rank; to be read before the next
-        exchange.
+        """What each process has in place of the piece of its rank; to be read before the next exchange. Of the others' pieces
+        only the sizes count.
         """
         self._done += 1
         slots = [

@@ -70,8 +70,10 @@ class Factors:
         if self.outputs is None and self.inputs is None and self.kernel is None:
             return self.scale * tensor
         g = _three(tensor).movedim(2, 0)  # kernel positions first: few and wide products of matrices, and no copy between them
-        shape, columns = g.shape, g.flatten(1)
-        g = (self.scale * columns if self.kernel is None else _times(self.kernel, columns).mul_(self.scale)).view(shape)
+        shape, g = g.shape, self.scale * g.flatten(1)
+        if self.kernel is not None:
+            g = _times_(self.kernel, g)
+        g = g.view(shape)
         if self.outputs is not None:
             g = _times_(self.outputs, g)
         if self.inputs is not None:
@@ -125,7 +127,7 @@ class Whitened:
         return value, self.shard.collect(cotangent, observed)
 
     def _sum(self, products: list[Tensor]) -> float:
-        """Over all processes."""
+        """Over all processes, of which one may have no tensors."""
         total = _total([next(iter(self.observed.values())).new_zeros(()), *products])
         self.shard.sum_([total])
         return float(total)
@@ -225,14 +227,10 @@ def _inverse(square: Tensor, damping: float) -> tuple[float, Tensor]:
     return float((values * inverse).sum() / values.sum()), factor
 
 
-def _times(factor: Tensor, columns: Tensor) -> Tensor:
-    """A symmetric factor, as :class:`Factors` has it, times columns."""
-    n, r = factor.shape
-    return factor @ columns if r == n else columns - factor @ (factor.T @ columns)
-
-
 def _times_(factor: Tensor, columns: Tensor) -> Tensor:
-    """:func:`_times`, in place of the columns where it can be: large tensors cost more to allocate than to add to."""
+    """A symmetric factor, as :class:`Factors` has it, times columns; in their place where it has few columns itself: large
+    tensors cost more to allocate than to add to.
+    """
     n, r = factor.shape
     if r == n:
         return factor @ columns
