@@ -132,9 +132,10 @@ class SelfChecking:
     """The secant while steps forwards and backwards agree, the exact transpose where they do not.
 
     Every ``every`` rounds the secant is computed with :math:`h` and with :math:`-h`. Half their difference is its error: that
-    of curvature, of round-off, or of kinks (of ReLU, say), which lie elsewhere in both directions. The step with the least
-    error is kept, and the mean of both is used in that round; when even that error is above ``tolerance``, the exact transpose
-    is used until the next check. So memory is that of the secant where F is smooth.
+    of curvature, of round-off, or of kinks (of ReLU, say), which lie elsewhere in both directions. From the last step on, longer
+    and shorter ones are tried as long as the error falls, and all of them where it stays above ``tolerance``. The step with the
+    least error is kept, and the mean of both is used in that round; when even that error is above ``tolerance``, the exact
+    transpose is used until the next check. So memory is that of the secant where F is smooth.
 
     Args:
         tolerance: Largest error of the secant, as a fraction of the cotangent's norm.
@@ -206,11 +207,26 @@ class SelfChecking:
         update, candidate = secant(loss, weights, images)
 
         def transpose(cotangent: Update) -> Tensor:
-            found = {}
-            for step in self.steps:
+            found: dict[float, tuple[float, Tensor]] = {}
+
+            def error(step: float) -> float:
                 one_sided = candidate(cotangent, step=step)  # type: ignore[call-arg]
                 two_sided = (one_sided + candidate(cotangent, step=-step)) / 2  # type: ignore[call-arg]
                 found[step] = self.size(one_sided - two_sided) / (self.size(two_sided) or 1.0), two_sided
+                return found[step][0]
+
+            # each costs two passes of F, and the best is seldom far from the last one
+            start = min(range(len(self.steps)), key=lambda k: abs(math.log(self.steps[k] / self.step)))
+            for way in (self.steps[start:], self.steps[start::-1]):
+                least = math.inf
+                for step in way:
+                    before, least = least, error(step) if step not in found else found[step][0]
+                    if not least < before:
+                        break
+            if not min(e for e, _ in found.values()) <= self.tolerance:  # kinks make more than one valley
+                for step in self.steps:
+                    if step not in found:
+                        error(step)
             self.step, (self.error, image_cotangent) = min(found.items(), key=lambda item: item[1][0])
             trusted = self.error <= self.tolerance
             if trusted != self.trusted:
