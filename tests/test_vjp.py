@@ -168,7 +168,7 @@ def test_self_checking_trusts_the_secant_where_it_is_right() -> None:
 
 
 def test_a_check_looks_near_the_last_step_and_finds_the_best_of_all() -> None:
-    """In float32 the error falls with the step until round-off takes over: the same step as by trying all, with fewer passes."""
+    """The same step as by trying all, with fewer passes: in float32 round-off takes over below some step."""
     (x, y), client = batch(dtype=torch.float32), FedSGD(network("none", "tanh", dtype=torch.float32))
     u, sizes = random_like(client.weights), 0
 

@@ -132,9 +132,9 @@ class SelfChecking:
     """The secant while steps forwards and backwards agree, the exact transpose where they do not.
 
     Every ``every`` rounds the secant is computed with :math:`h` and with :math:`-h`. Half their difference is its error: that
-    of curvature, of round-off, or of kinks (of ReLU, say), which lie elsewhere in both directions. From the last step on, longer
-    and shorter ones are tried as long as the error falls, and all of them where it stays above ``tolerance``. The step with the
-    least error is kept, and the mean of both is used in that round; when even that error is above ``tolerance``, the exact
+    of curvature, of round-off, or of kinks (of ReLU, say), which lie elsewhere in both directions. Longer and shorter steps
+    than the last one are tried as long as the error falls, and all where it stays above ``tolerance``. The step with the least
+    error is kept, and the mean of both ways is used in that round; when even that error is above ``tolerance``, the exact
     transpose is used until the next check. So memory is that of the secant where F is smooth.
 
     Args:
