@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -20,6 +22,7 @@ import torch
 from gradleak.errors import OutputError, SpecError
 from gradleak.folder import lock_folder
 from gradleak.results import read_result
+from gradleak.spec import RunSpec
 from gradleak.study import runner, store
 from gradleak.study.spec import Cell, StudySpec, cells, dump_study, load_studies, load_study
 from test_cli import call
@@ -97,6 +100,26 @@ def test_overrides_change_some_cells_and_skip_others(tmp_path: Path) -> None:
     text += '[[override]]\nwhere = { "attack.name" = "inverting-gradients" }\nskip = true\n'
     assert [c.spec.attack["rounds"] for c in cells(loaded(tmp_path, text))] == [3, 7]
     assert [c.spec.attack["rounds"] for c in cells(loaded(tmp_path, text, overrides=["attack.rounds=2"]))] == [2, 2]
+
+
+def test_a_slow_start_does_not_count_for_the_rounds_that_a_time_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds of .1 s after some that waited for a busy processor: a hundred of them in ten seconds."""
+    now, rounds = 0.0, iter([4.0, 0.5, 0.5, *[0.1] * 20])
+
+    def attacked(*_: object, stop: Callable[[], str], **__: object) -> SimpleNamespace:
+        nonlocal now
+        for elapsed in rounds:
+            now += elapsed
+            if stop():
+                break
+        return SimpleNamespace(history=[])
+
+    monkeypatch.setattr(runner, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(runner, "TIMED_ROUNDS", 8)
+    monkeypatch.setattr(runner.run, "prepare", lambda spec: (None, None))
+    monkeypatch.setattr(runner.run, "simulate_client", lambda spec: SimpleNamespace(observation=None, model=None))
+    monkeypatch.setattr(runner.run, "attack_observation", attacked)
+    assert runner.rounds_within(RunSpec(), 10.0) == 100
 
 
 def test_seconds_are_for_cells_without_rounds(tmp_path: Path) -> None:

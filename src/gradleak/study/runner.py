@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -226,8 +228,8 @@ def rounds_within(spec: RunSpec, seconds: float) -> int:
     timed = run.attack_observation(client.observation, client.model, recipe, spec, device, progress=False, stop=stop)
     if len(times) < 3:  # a closed form, or rounds so long that hardly one fits
         return max(1, len(timed.history)) if not times else max(1, int(seconds / (times[-1] - start) * len(times)))
-    # the first round also checks the engine, and a processor warms up
-    return max(1, int(seconds / ((times[-1] - times[0]) / (len(times) - 1))))
+    # the median: the first round also checks the engine, and others may wait for a busy processor
+    return max(1, int(seconds / statistics.median(b - a for a, b in itertools.pairwise(times))))
 
 
 def commit() -> str | None:
