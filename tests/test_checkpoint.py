@@ -89,6 +89,7 @@ def equal(first: Reconstruction, second: Reconstruction) -> bool:
 
 ATTACKS: dict[str, dict[str, Any]] = {
     "cinet": {"channels": 4},
+    "cinet, muon": {"channels": 4, "optimiser": "muon"},
     "cinet-paper": {"channels": 4},
     "cinet-reference": {"channels": 4, "group": 2},
     "dlg": {"learning_rate": 0.1},
@@ -104,6 +105,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
 def test_resuming_equals_never_stopping(name: str, truth: Truth, tmp_path: Path) -> None:
     """Every optimiser, image model, phase, group and joint label; interrupted twice, at rounds 2 and 5."""
     options = {"rounds": 7, "snapshots": 3, **ATTACKS[name]}
+    name = name.partition(",")[0]
     whole = run(truth, name=name, **options)
     first = run(truth, tmp_path / "c.safetensors", name=name, until=2, **options)
     assert first.interrupted == "a test"

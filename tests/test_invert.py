@@ -160,7 +160,13 @@ def test_every_preset_runs(name: str, truth: Truth) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"optimiser": "sgd", "signed": False}, {"optimiser": "lbfgs", "signed": False}, {"engine": "exact"}, {"engine": "secant"}],
+    [
+        {"optimiser": "sgd", "signed": False},
+        {"optimiser": "lbfgs", "signed": False},
+        {"optimiser": "muon"},
+        {"engine": "exact"},
+        {"engine": "secant"},
+    ],
     ids=str,
 )
 def test_every_optimiser_and_engine_lowers_the_loss(truth: Truth, settings: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from gradleak.muon import Muon
 from gradleak.sharded import WHOLE, Shard
 from gradleak.vjp import EngineName
 
@@ -114,8 +115,9 @@ class Attack:
         matched: Share of the update's numbers that is compared, counted from the last layer backwards. Below 1 a round costs
             less: what lies before those layers is computed once for both of the secant's passes (:mod:`gradleak.prefix`). A
             client with a defence or several steps has all of its update compared.
-        optimiser: ``adam``, ``sgd`` (plain descent) or ``lbfgs`` (a round is one call: up to twenty evaluations).
-        signed: Feed the optimiser the sign of the gradient.
+        optimiser: ``adam``, ``sgd`` (plain descent), ``lbfgs`` (a round is one call: up to twenty evaluations), or ``muon``
+            (:class:`gradleak.muon.Muon`), which is made for the weights of a generator.
+        signed: Feed the optimiser the sign of the gradient; ``muon`` does so itself where it is of use.
         learning_rate: eta.
         schedule: ``constant``; ``cosine`` from eta to zero over all rounds; ``step``: a tenth after 3/8, 5/8 and 7/8.
         engine: Transpose of the client operator: ``auto`` (self-checking secant), ``secant``, ``exact``.
@@ -137,7 +139,7 @@ class Attack:
     rounds: int = Field(default=1000, ge=1)
     distance: Matching = "cosine"
     matched: float = Field(default=1.0, gt=0, le=1)
-    optimiser: Literal["adam", "sgd", "lbfgs"] = "adam"
+    optimiser: Literal["adam", "sgd", "lbfgs", "muon"] = "adam"
     signed: bool = True
     learning_rate: float = Field(default=5e-3, gt=0, allow_inf_nan=False)
     schedule: Schedule = "cosine"
@@ -190,9 +192,11 @@ class Attack:
             "adam": lambda: torch.optim.Adam(parameters, lr=eta),
             "sgd": lambda: torch.optim.SGD(parameters, lr=eta),
             "lbfgs": lambda: torch.optim.LBFGS(parameters, lr=eta),
+            "muon": lambda: Muon(parameters, lr=eta),
         }
         optimiser = optimisers[self.optimiser]()
-        return Phase(rounds, optimiser, LambdaLR(optimiser, schedule_factor(self.schedule, horizon or rounds)), self.signed)
+        schedule = LambdaLR(optimiser, schedule_factor(self.schedule, horizon or rounds))
+        return Phase(rounds, optimiser, schedule, self.signed and self.optimiser != "muon")
 
     def describe(self, problem: Problem, image_model: nn.Module) -> dict[str, Any]:
         """What a report should say of this attack beside its settings, for example the generator's size."""
