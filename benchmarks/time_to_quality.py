@@ -3,7 +3,8 @@
     python benchmarks/time_to_quality.py [--batch 16] [--seeds 0 1 2] [--seconds LIMIT] [--json FILE]
     python benchmarks/time_to_quality.py --race [--factor 15] [--rounds cinet-reference=20000] [--json FILE]
 
-All programs attack the same update of the same images (the first CIFAR-10 training images), with labels known. Every
+All programs attack the same update of the same images (the first CIFAR-10 training images), with labels known. A program is an
+attack, or one with another optimiser, such as ``cinet:muon``. Every
 ``--every`` rounds the iterate of the least matching loss is scored, one to one, at the gain that a run would give it. The
 clock is the wall time of :func:`gradleak.invert.invert` and stands still while it scores and while a checkpoint is written.
 A run ends when all goals are reached, at ``--seconds`` on its clock, or after its rounds. A goal that it did not reach is
@@ -374,6 +375,12 @@ def source(given: str | None) -> str:
     return f"npz:{given}" if given.endswith(".npz") and not given.startswith("npz:") else given
 
 
+def recipe(program: str, **settings: Any) -> Attack:
+    """The attack NAME[:OPTIMISER]."""
+    name, colon, optimiser = program.partition(":")
+    return attack(name, snapshots=0, **settings, **({"optimiser": optimiser} if colon else {}))
+
+
 def pair(text: str) -> tuple[str, int]:
     """``NAME=ROUNDS``."""
     name, equals, rounds = text.partition("=")
@@ -391,7 +398,7 @@ def goal(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--programs", nargs="+", default=[OURS, BASELINE, "cinet-paper"], help="attacks, by name")
+    parser.add_argument("--programs", nargs="+", default=[OURS, BASELINE, "cinet-paper"], help="attacks: NAME[:OPTIMISER]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--model", default="resnet18-cifar:64", help="NAME[:WIDTH][@PIXELS]")
     parser.add_argument("--batch", type=int, default=16)
@@ -412,8 +419,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--rounds: no such program in this run: {', '.join(sorted(unknown))}")
     if options.race and RACE_GOAL not in options.goals:
         parser.error(f"--race needs {RACE_GOAL} among --goals")
-    recipes = {name: attack(name, snapshots=0) for name in programs}
-    recipes |= {name: attack(name, snapshots=0, rounds=rounds) for name, rounds in options.rounds}
+    recipes = {program: recipe(program) for program in programs}
+    recipes |= {program: recipe(program, rounds=rounds) for program, rounds in options.rounds}
     there = source(options.data)
     shared = setting(options.model, options.batch, there)
     common = {"model": options.model, "batch": options.batch, "data": Path(there.partition(":")[2] or there).name}
