@@ -3,10 +3,10 @@
     python benchmarks/time_to_quality.py [--batch 16] [--seeds 0 1 2] [--seconds LIMIT] [--json FILE]
     python benchmarks/time_to_quality.py --race [--factor 15] [--rounds cinet-reference=20000] [--json FILE]
 
-All programs attack the same update of the same images (the first CIFAR-10 training images), with labels known. A program is an
-attack, or one with another optimiser, such as ``cinet:muon``. Every
-``--every`` rounds the iterate of the least matching loss is scored, one to one, at the gain that a run would give it. The
-clock is the wall time of :func:`gradleak.invert.invert` and stands still while it scores and while a checkpoint is written.
+All programs attack the same update of the same images (the first CIFAR-10 training images), with labels known. A program is
+an attack, or one with another optimiser, such as ``cinet:muon``. Every ``--every`` rounds the iterate of the least matching
+loss is scored, one to one, at the gain that a run would give it. The clock is the wall time of
+:func:`gradleak.invert.invert` and stands still while it scores and while a checkpoint is written.
 A run ends when all goals are reached, at ``--seconds`` on its clock, or after its rounds. A goal that it did not reach is
 censored: its time is at least the run's, and a ratio to it is a bound. Medians over the seeds are intervals where censored
 times leave them open. With ``--race`` the baseline gets ``--factor`` times what ``cinet`` took to SSIM .95, and is stopped.

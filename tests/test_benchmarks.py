@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from gradleak.attacks import attack
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 if not BENCHMARKS.is_dir():
     pytest.skip("a source distribution has no benchmarks", allow_module_level=True)
@@ -109,6 +111,12 @@ def test_a_run_that_a_limit_stopped_goes_on_and_so_does_its_clock(program: Any, 
     assert after["curve"][0] == before["curve"][0]
     assert after["curve"][1]["seconds"] > before["seconds"]
     assert not list((tmp_path / "work").iterdir())
+
+
+def test_a_program_is_an_attack_or_one_with_another_optimiser(program: Any) -> None:
+    recipe = program("time_to_quality").recipe
+    assert recipe("cinet", rounds=3) == attack("cinet", snapshots=0, rounds=3)
+    assert recipe("cinet:muon") == attack("cinet", snapshots=0, optimiser="muon")
 
 
 def test_medians_and_ratios_of_censored_times_are_bounds(program: Any) -> None:
