@@ -188,7 +188,7 @@ def test_memory_that_runs_out_is_mended_once() -> None:
 
 
 def test_memory_that_runs_out_again_keeps_the_best() -> None:
-    found = attacked(FedSGD(network(), loss=RunsOut(1, after=32)), batch(4))
+    found = attacked(FedSGD(network(), loss=RunsOut(1, after=22)), batch(4))
     assert "memory ran out in round" in found.stopped
     assert found.images.isfinite().all()
     assert found.matching_loss <= min(row["loss"] for row in found.history)
