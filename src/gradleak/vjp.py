@@ -210,9 +210,10 @@ class SelfChecking:
             found: dict[float, tuple[float, Tensor]] = {}
 
             def error(step: float) -> float:
-                one_sided = candidate(cotangent, step=step)  # type: ignore[call-arg]
-                two_sided = (one_sided + candidate(cotangent, step=-step)) / 2  # type: ignore[call-arg]
-                found[step] = self.size(one_sided - two_sided) / (self.size(two_sided) or 1.0), two_sided
+                if step not in found:
+                    one_sided = candidate(cotangent, step=step)  # type: ignore[call-arg]
+                    two_sided = (one_sided + candidate(cotangent, step=-step)) / 2  # type: ignore[call-arg]
+                    found[step] = self.size(one_sided - two_sided) / (self.size(two_sided) or 1.0), two_sided
                 return found[step][0]
 
             # each costs two passes of F, and the best is seldom far from the last one
@@ -220,13 +221,12 @@ class SelfChecking:
             for way in (self.steps[start:], self.steps[start::-1]):
                 least = math.inf
                 for step in way:
-                    before, least = least, error(step) if step not in found else found[step][0]
+                    before, least = least, error(step)
                     if not least < before:
                         break
-            if not min(e for e, _ in found.values()) <= self.tolerance:  # kinks make more than one valley
+            if not min(map(error, found)) <= self.tolerance:  # kinks make more than one valley
                 for step in self.steps:
-                    if step not in found:
-                        error(step)
+                    error(step)
             self.step, (self.error, image_cotangent) = min(found.items(), key=lambda item: item[1][0])
             trusted = self.error <= self.tolerance
             if trusted != self.trusted:
