@@ -17,12 +17,14 @@ ROOT_MEAN_SQUARE = 0.2
 
 
 class Muon(torch.optim.Optimizer):
-    r""":math:`m \leftarrow \beta m + g, \quad W \leftarrow W - \tfrac15 \eta \sqrt{\max(o, k)}\, U V^\top` with
-    :math:`g + \beta m = U \Sigma V^\top` as a matrix of o rows, one for each output, and k columns.
+    r""":math:`m \leftarrow \beta m + g / \|g\|, \quad W \leftarrow W - \tfrac15 \eta \sqrt{\max(o, k)}\, U V^\top` with
+    :math:`m = U \Sigma V^\top` as a matrix of o rows, one for each output, and k columns.
 
     Every direction of a layer moves as far as any other, however small its share of the gradient; a sign does that for single
-    numbers only. Parameters of one dimension are stepped as by Adam on signs: by the mean sign of their gradients.
-    ``torch.optim.Muon`` takes matrices alone, and iterates in bfloat16, which most processors are slow in.
+    numbers only. Gradients are normalised before they are averaged, layer by layer, since a matching loss falls by orders of
+    magnitude: the last ones would else weigh next to nothing beside those of ten rounds before. Parameters of one dimension
+    are stepped as by Adam on signs: by the mean sign of their gradients. ``torch.optim.Muon`` takes matrices alone, does not
+    normalise, and iterates in bfloat16, which most processors are slow in.
 
     Args:
         parameters: Tensors of one group.
@@ -30,7 +32,7 @@ class Muon(torch.optim.Optimizer):
         momentum: beta, of both means.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float = 0.9) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float = 0.95) -> None:
         super().__init__(list(parameters), {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
@@ -51,8 +53,8 @@ class Muon(torch.optim.Optimizer):
                 mean.lerp_(p.grad.sign(), 1 - beta)
                 p.sub_(mean, alpha=eta / (1 - beta ** state["steps"]))
             else:
-                mean.mul_(beta).add_(p.grad)
-                move = orthogonal((p.grad + beta * mean).flatten(1))
+                mean.mul_(beta).add_(normalised(p.grad))
+                move = orthogonal(mean.flatten(1))
                 p.sub_(move.view_as(p), alpha=ROOT_MEAN_SQUARE * eta * math.sqrt(max(move.shape)))
         return loss
 
@@ -60,12 +62,14 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrix: Tensor) -> Tensor:
     r""":math:`U V^\top` of :math:`U \Sigma V^\top`, with singular values of .7 to 1.2 in place of ones; zero of zero."""
     a, b, c = COEFFICIENTS
-    size = matrix.norm()
-    if not size > 0:
-        return torch.zeros_like(matrix)
     tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix) / size
+    x = normalised(matrix.T if tall else matrix)
     for _ in range(STEPS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x
+
+
+def normalised(tensor: Tensor) -> Tensor:
+    """The tensor over its Euclidean norm; zero of zero."""
+    return tensor / tensor.norm().clamp_min(torch.finfo(tensor.dtype).tiny)

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from gradleak.attacks.recipe import Attack, Matching, Phase, Problem
+from gradleak.attacks.recipe import Attack, Matching, Optimiser, Phase, Problem
 from gradleak.cinet import (
     Activation,
     ChannelRule,
@@ -72,12 +72,15 @@ class CINetAttack(Attack):
             fine noise; and after :data:`SMOOTH_EVERY` rounds from what they have come to, smoothed. 0: neither.
 
     The choices are those of appendix B (:class:`gradleak.cinet.CINet`). The defaults are our fastest good recipe, ``cinet``:
-    the whitened distance, Adam on signs with cosine decay, SiLU, sigmoid output, no spectral norm.
+    the whitened distance, orthogonal steps (:class:`gradleak.muon.Muon`) with cosine decay, SiLU, sigmoid output, no
+    spectral norm.
     """
 
     shards: ClassVar[bool] = True
 
     distance: Matching = "whitened"
+    optimiser: Optimiser = "muon"
+    learning_rate: float = Field(default=1e-2, gt=0, allow_inf_nan=False)
     channels: Annotated[int, Field(ge=1, le=4096)] | ChannelRule = Field(default="auto", union_mode="left_to_right")
     latent: int = Field(default=128, ge=1)
     latent_seed: int | None = Field(default=None, ge=0, lt=2**63)
@@ -177,6 +180,7 @@ PRESETS: dict[str, tuple[Attack, str]] = {
         CINetAttack(
             rounds=10_000,
             optimiser="sgd",
+            learning_rate=5e-3,
             schedule="constant",
             distance="cosine",
             engine="exact",
@@ -193,6 +197,7 @@ PRESETS: dict[str, tuple[Attack, str]] = {
     "cinet-reference": (
         CINetAttack(
             rounds=2000,
+            optimiser="adam",
             learning_rate=1e-3,
             schedule="constant",
             distance="cosine",

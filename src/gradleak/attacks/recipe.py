@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 GAIN_BLIND = 0.02
 
 Schedule = Literal["constant", "cosine", "step"]
+Optimiser = Literal["adam", "sgd", "lbfgs", "muon"]
 
 #: The distances of :mod:`gradleak.distance`, and that of :mod:`gradleak.whitening`.
 Matching = Literal["cosine", "squared-l2", "whitened"]
@@ -139,7 +140,7 @@ class Attack:
     rounds: int = Field(default=1000, ge=1)
     distance: Matching = "cosine"
     matched: float = Field(default=1.0, gt=0, le=1)
-    optimiser: Literal["adam", "sgd", "lbfgs", "muon"] = "adam"
+    optimiser: Optimiser = "adam"
     signed: bool = True
     learning_rate: float = Field(default=5e-3, gt=0, allow_inf_nan=False)
     schedule: Schedule = "cosine"
