@@ -4,7 +4,7 @@
     python benchmarks/time_to_quality.py --race [--factor 15] [--rounds cinet-reference=20000] [--json FILE]
 
 All programs attack the same update of the same images (the first CIFAR-10 training images), with labels known. A program is
-an attack, or one with another optimiser, such as ``cinet:muon``. Every ``--every`` rounds the iterate of the least matching
+an attack, or one with another optimiser and rate, such as ``cinet:adam:5e-3``. Every ``--every`` rounds the iterate of the least matching
 loss is scored, one to one, at the gain that a run would give it. The clock is the wall time of
 :func:`gradleak.invert.invert` and stands still while it scores and while a checkpoint is written.
 A run ends when all goals are reached, at ``--seconds`` on its clock, or after its rounds. A goal that it did not reach is
@@ -376,9 +376,10 @@ def source(given: str | None) -> str:
 
 
 def recipe(program: str, **settings: Any) -> Attack:
-    """The attack NAME[:OPTIMISER]."""
-    name, colon, optimiser = program.partition(":")
-    return attack(name, snapshots=0, **settings, **({"optimiser": optimiser} if colon else {}))
+    """The attack NAME[:OPTIMISER[:ETA]]."""
+    name, *step = program.split(":")
+    chosen = dict(zip(("optimiser", "learning_rate"), [*step[:1], *map(float, step[1:])], strict=False))
+    return attack(name, snapshots=0, **settings, **chosen)
 
 
 def pair(text: str) -> tuple[str, int]:
@@ -398,7 +399,7 @@ def goal(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--programs", nargs="+", default=[OURS, BASELINE, "cinet-paper"], help="attacks: NAME[:OPTIMISER]")
+    parser.add_argument("--programs", nargs="+", default=[OURS, BASELINE, "cinet-paper"], help="attacks: NAME[:OPTIMISER[:ETA]]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--model", default="resnet18-cifar:64", help="NAME[:WIDTH][@PIXELS]")
     parser.add_argument("--batch", type=int, default=16)

@@ -109,17 +109,17 @@ def test_without_the_instructions_it_is_float32(client: FedSGD, monkeypatch: pyt
 
 
 @pytest.fixture
-def _matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
+def _whole_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor that has them, and for a small F."""
     monkeypatch.setattr(mixed, "supported", lambda device: True)
-    monkeypatch.setattr(mixed, "matrix_units", lambda device: True)
+    monkeypatch.setattr(mixed, "whole_pays", lambda device: True)
     monkeypatch.setitem(LOOP, "WHOLE_FROM", 0)
     monkeypatch.setitem(LOOP, "WHOLE_TOLERANCE", 5.0)  # a narrow F has little to average over
     monkeypatch.setitem(LOOP, "WHOLE_EVERY", 10)
 
 
-@pytest.mark.usefixtures("_matrix_units")
-def test_with_matrix_units_all_of_f_is_in_bfloat16_and_is_looked_at_in_float32(
+@pytest.mark.usefixtures("_whole_pays")
+def test_where_it_pays_all_of_f_is_in_bfloat16_and_is_looked_at_in_float32(
     client: FedSGD, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes = []
@@ -128,7 +128,7 @@ def test_with_matrix_units_all_of_f_is_in_bfloat16_and_is_looked_at_in_float32(
     assert len(passes) == plain.notes["whole_model_in_bfloat16"]["rounds"] > 0
 
 
-@pytest.mark.usefixtures("_matrix_units")
+@pytest.mark.usefixtures("_whole_pays")
 def test_an_attack_with_all_of_f_in_bfloat16_fits_as_well(client: FedSGD) -> None:
     whole, half = run(client), run(client, precision="mixed")
     said = half.notes["whole_model_in_bfloat16"]
@@ -139,7 +139,7 @@ def test_an_attack_with_all_of_f_in_bfloat16_fits_as_well(client: FedSGD) -> Non
     assert half.history[1]["loss"] != half.history[0]["loss"]
 
 
-@pytest.mark.usefixtures("_matrix_units")
+@pytest.mark.usefixtures("_whole_pays")
 def test_where_bfloat16_is_too_far_off_it_is_given_up(client: FedSGD, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is tried once, and the rounds that follow are those of a processor without matrix units."""
     passes: list[str] = []
@@ -153,7 +153,7 @@ def test_where_bfloat16_is_too_far_off_it_is_given_up(client: FedSGD, monkeypatc
     assert len(passes) == 1
     assert "whole_model_in_bfloat16" not in found.notes
     assert found.notes["bfloat16"]
-    monkeypatch.setattr(mixed, "matrix_units", lambda device: False)
+    monkeypatch.setattr(mixed, "whole_pays", lambda device: False)
     formats.clear()
     other = run(client, precision="mixed", rounds=24)
     assert len(passes) == 1
@@ -162,7 +162,7 @@ def test_where_bfloat16_is_too_far_off_it_is_given_up(client: FedSGD, monkeypatc
     assert found.history[0]["loss"] == pytest.approx(other.history[0]["loss"], rel=0.02)
 
 
-@pytest.mark.usefixtures("_matrix_units")
+@pytest.mark.usefixtures("_whole_pays")
 def test_an_f_that_bfloat16_breaks_is_run_in_float32() -> None:
     class Picky(nn.Module):
         def __init__(self) -> None:
@@ -181,7 +181,7 @@ def test_an_f_that_bfloat16_breaks_is_run_in_float32() -> None:
     assert "whole_model_in_bfloat16" not in found.notes
 
 
-@pytest.mark.usefixtures("_matrix_units")
+@pytest.mark.usefixtures("_whole_pays")
 def test_such_a_run_goes_on_to_the_same_bytes(client: FedSGD, tmp_path: Path) -> None:
     truth = load(DataSpec(source="sample", batch=2, size=16))
     observation = simulate(client, truth)

@@ -152,6 +152,20 @@ def test_a_product_is_that_of_the_factors_and_leaves_its_argument_as_it_was(
         assert torch.equal(g, before)
 
 
+@pytest.mark.parametrize("columns", [3, 40, 128], ids=str)
+def test_products_of_large_matrices_are_those_of_small_ones(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which another library computes."""
+    torch.manual_seed(0)
+    outputs, inputs = (torch.linalg.qr(torch.randn(n, n)).Q[:, :columns] for n in (192, 128))
+    if columns == 128:
+        inputs = inputs @ inputs.T
+    weighed = Factors(0.5, outputs, inputs, torch.rand(9, 9))
+    g = torch.randn(192, 128, 3, 3)
+    found = weighed(g)
+    monkeypatch.setattr(whitening, "ONEDNN_FROM", g.numel() + 1)
+    torch.testing.assert_close(found, weighed(g), rtol=1e-4, atol=1e-4)
+
+
 def test_only_the_asked_for_tensors_have_factors_and_these_are_the_same() -> None:
     """What is round-off is judged by the whole update."""
     whole = factors((update(seed) for seed in range(5)), damping=0.05)

@@ -351,7 +351,7 @@ class _Loop:
         self.mixed &= self.device.type == "cpu" or attack.engine != "secant"
         self.natural = attack.gain == "natural" and problem.gain_blind
         self.targets = self._free_targets()
-        self.whole = self.mixed and isinstance(self.engine, SelfChecking) and mixed.matrix_units(self.device.type)
+        self.whole = self.mixed and isinstance(self.engine, SelfChecking) and mixed.whole_pays(self.device.type)
         self.whole &= self.targets is None and problem.client.parameters >= WHOLE_FROM
         self.whole_error, self.whole_rounds = math.nan, 0
         # DLG's optimiser steps both; with the rule ``joint`` the targets have one of their own

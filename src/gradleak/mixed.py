@@ -3,7 +3,7 @@
 On processors, rounds can be partly in bfloat16: half the time for these parts where there are the instructions. The image model
 is, whatever images it makes: F sees them in float32. So are the gradients of F's convolution weights, the only part of the
 secant that is not divided by its small step. Numbers are rounded to 8 bits and summed in float32, so that the rounding averages
-out: the update's relative error is below a thousandth (docs/performance.md). Processors with matrix units for bfloat16 (AMX)
+out: the update's relative error is below a thousandth (docs/performance.md). Processors that are fast at it (AMX, Zen 5)
 have all of F in it (:mod:`gradleak.bfloat16`), as long as the loop finds that near enough to float32.
 
 On GPUs all convolutions of such a round are in TF32, 11 bits, and the transpose is the exact one: a secant would be lost in it.
@@ -101,9 +101,15 @@ def supported(device: str) -> bool:
 
 
 @functools.cache
-def matrix_units(device: str) -> bool:
-    """Whether the device has matrix units for bfloat16, which make all of F in it pay."""
-    return device == "cpu" and bool(torch.cpu._is_amx_tile_supported())
+def whole_pays(device: str) -> bool:
+    """Whether products in bfloat16 are so fast that all of F in it pays: a processor with matrix units (AMX), or with
+    AVX-512 BF16 of full width: AMD's Zen 5, which alone has VP2INTERSECT beside it and no matrix units.
+    """
+    if device != "cpu":
+        return False
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    wide = bool(found.get("avx512_bf16") and found.get("avx512_vp2intersect"))
+    return wide or bool(torch.cpu._is_amx_tile_supported())
 
 
 class _Convolution(torch.autograd.Function):

@@ -13,6 +13,7 @@ multiple of the identity. No image of the client is needed: only the labels, W, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ TAIL = 0.3
 
 #: Factors with more rows are taken as the identity: their eigenvalues would cost more than the attack.
 LARGEST = 2048
+
+#: Matrices with so many numbers are multiplied by oneDNN; of smaller ones the calls cost more than the products.
+ONEDNN_FROM = 2**15
 
 #: A tensor whose numbers vary less than this, relative to the root mean square of the whole update, says nothing but round-off.
 ROUND_OFF = 1e-6
@@ -72,12 +76,12 @@ class Factors:
         g = _three(tensor).movedim(2, 0)  # kernel positions first: few and wide products of matrices, and no copy between them
         shape, g = g.shape, self.scale * g.flatten(1)
         if self.kernel is not None:
-            g = _times_(self.kernel, g)
+            (g,) = _columns_(self.kernel, g[None])
         g = g.view(shape)
         if self.outputs is not None:
-            g = _times_(self.outputs, g)
+            g = _columns_(self.outputs, g)
         if self.inputs is not None:
-            g = _times_(self.inputs, g.flatten(0, 1).T).T.view(shape)
+            g = _rows_(self.inputs, g.flatten(0, 1)).view(shape)
         return g.movedim(0, 2).reshape(tensor.shape)
 
 
@@ -227,17 +231,46 @@ def _inverse(square: Tensor, damping: float) -> tuple[float, Tensor]:
     return float((values * inverse).sum() / values.sum()), factor
 
 
-def _times_(factor: Tensor, columns: Tensor) -> Tensor:
-    """A symmetric factor, as :class:`Factors` has it, times columns; in their place where it has few columns itself: large
-    tensors cost more to allocate than to add to.
+def _rows_(factor: Tensor, x: Tensor) -> Tensor:
+    """x, m x n, times a symmetric factor, n x n, as :class:`Factors` has it; in place where that has few columns: large tensors
+    cost more to allocate than to add to.
     """
     n, r = factor.shape
+    if _by_onednn(factor, x):
+        return _product(x, factor) if r == n else x.sub_(_product(_product(x, factor), factor.T))
+    return x @ factor if r == n else x.addmm_(x @ factor, factor.T, alpha=-1)
+
+
+def _columns_(factor: Tensor, x: Tensor) -> Tensor:
+    """A symmetric factor, n x n, times each of x, k x n x m; in place where it has few columns, or oneDNN computes it."""
+    n, r = factor.shape
+    if _by_onednn(factor, x[0]):
+        for one in x:
+            if r == n:
+                one.copy_(_product(factor, one))
+            else:
+                one.sub_(_product(factor, _product(factor.T, one)))
+        return x
     if r == n:
-        return factor @ columns
-    if columns.ndim == 2:
-        return columns.addmm_(factor, factor.T @ columns, alpha=-1)
-    factor = factor.expand(len(columns), n, r)
-    return columns.baddbmm_(factor, factor.mT @ columns, alpha=-1)
+        return factor @ x
+    factor = factor.expand(len(x), n, r)
+    return x.baddbmm_(factor, factor.mT @ x, alpha=-1)
+
+
+def _by_onednn(factor: Tensor, x: Tensor) -> bool:
+    """Whether their products are oneDNN's: those of torch are MKL's, at half of an AMD processor's rate."""
+    large = x.numel() >= ONEDNN_FROM and len(factor) >= 32 and factor.numel() > 0
+    return large and x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad and _onednn()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+
+
+@functools.cache
+def _onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _three(tensor: Tensor) -> Tensor:
