@@ -4,8 +4,8 @@
     python benchmarks/time_to_quality.py --race [--factor 15] [--rounds cinet-reference=20000] [--json FILE]
 
 All programs attack the same update of the same images (the first CIFAR-10 training images), with labels known. A program is
-an attack, or one with another optimiser and rate, such as ``cinet:adam:5e-3``. Every ``--every`` rounds the iterate of the least matching
-loss is scored, one to one, at the gain that a run would give it. The clock is the wall time of
+an attack, or one with another optimiser and rate, such as ``cinet:adam:5e-3``. Every ``--every`` rounds the iterate of the
+least matching loss is scored, one to one, at the gain that a run would give it. The clock is the wall time of
 :func:`gradleak.invert.invert` and stands still while it scores and while a checkpoint is written.
 A run ends when all goals are reached, at ``--seconds`` on its clock, or after its rounds. A goal that it did not reach is
 censored: its time is at least the run's, and a ratio to it is a bound. Medians over the seeds are intervals where censored
@@ -399,7 +399,9 @@ def goal(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--programs", nargs="+", default=[OURS, BASELINE, "cinet-paper"], help="attacks: NAME[:OPTIMISER[:ETA]]")
+    parser.add_argument(
+        "--programs", nargs="+", default=[OURS, BASELINE, "cinet-paper"], help="NAME[:OPTIMISER[:ETA]] of attacks"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--model", default="resnet18-cifar:64", help="NAME[:WIDTH][@PIXELS]")
     parser.add_argument("--batch", type=int, default=16)

@@ -1,4 +1,4 @@
-r"""F in bfloat16, and the exact transpose through it, on processors with matrix units for that format (AMX).
+r"""F in bfloat16, and the exact transpose through it, on processors that are fast at that format (AMX, Zen 5).
 
 A convolution there takes an eighth of its time in float32, so that the seven of a double backward cost less than the five of
 the secant, which bfloat16 would drown. But torch's own second derivatives waste it: that of a convolution is one whose kernel

@@ -123,7 +123,7 @@ class Attack:
         schedule: ``constant``; ``cosine`` from eta to zero over all rounds; ``step``: a tenth after 3/8, 5/8 and 7/8.
         engine: Transpose of the client operator: ``auto`` (self-checking secant), ``secant``, ``exact``.
         precision: ``float32``, ``float64``, or ``mixed``: float32, and the image model and the gradients of F's convolution
-            weights in bfloat16 where the processor has the instructions, all of a wide F where it has matrix units for it, or
+            weights in bfloat16 where the processor has the instructions, all of a wide F where it is fast enough at it, or
             convolutions in TF32 and the exact transpose on a GPU; the pixel phase of CI-Net is in float32.
         patience: Stop after so many rounds in which the best loss fell by less than 1 %; None: never.
         gain: Where the update does not depend on the images' overall gain: ``natural`` holds it near that of photographs
