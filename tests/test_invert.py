@@ -176,7 +176,9 @@ def test_every_optimiser_and_engine_lowers_the_loss(truth: Truth, settings: dict
 
 def test_history_and_schedule(truth: Truth) -> None:
     """One row a round; the learning rate follows its schedule; time goes forward."""
-    cosine, constant, step = (run(client(), truth, rounds=8, schedule=s).history for s in ("cosine", "constant", "step"))
+    cosine, constant, step = (
+        run(client(), truth, rounds=8, learning_rate=5e-3, schedule=s).history for s in ("cosine", "constant", "step")
+    )
     assert [row["round"] for row in cosine] == list(range(1, 9))
     rates = [row["learning_rate"] for row in cosine]
     assert rates[0] == pytest.approx(5e-3)

@@ -222,7 +222,7 @@ def attacked(loss: Any, **settings: Any) -> Reconstruction:
 
 def test_one_loss_that_is_nan_costs_a_smaller_step(caplog: pytest.LogCaptureFixture) -> None:
     """The run goes on from a good state with a tenth of the step, does all its rounds, and says so."""
-    found = attacked(Hiccup(25), rounds=30, schedule="constant")
+    found = attacked(Hiccup(25), rounds=30, learning_rate=5e-3, schedule="constant")
     assert found.rounds == 30
     assert found.stopped == "all 30 rounds done"
     assert "became nan in round" in found.warnings[0]
@@ -231,7 +231,7 @@ def test_one_loss_that_is_nan_costs_a_smaller_step(caplog: pytest.LogCaptureFixt
     assert rates[0] == pytest.approx(5e-3)
     assert rates[-1] == pytest.approx(5e-4)
     assert all(math.isfinite(row["loss"]) for row in found.history)
-    healthy = attacked(cross_entropy, rounds=30, schedule="constant")
+    healthy = attacked(cross_entropy, rounds=30, learning_rate=5e-3, schedule="constant")
     assert found.matching_loss < healthy.history[10]["loss"]
 
 
