@@ -128,11 +128,7 @@ def ours(setting: Setting, *, preset: str, **settings: Any) -> Round:
     """A round of the loop that every attack shares, with a recipe's generator and engine."""
     if setting.channels is not None:
         settings["channels"] = setting.channels
-    recipe = attack(preset, snapshots=0, **settings)
-    client = setting.problem.client.last(recipe.matched)
-    observed = {name: setting.problem.observed[name] for name in client.weights}
-    problem = dataclasses.replace(setting.problem, client=client, observed=observed)
-    return _Loop(problem, recipe, Labels(problem.labels, "known")).round
+    return _Loop(setting.problem, attack(preset, snapshots=0, **settings), Labels(setting.problem.labels, "known")).round
 
 
 #: Name -> what builds its round.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +14,10 @@ from torch import Tensor
 import gradleak as gl
 from gradleak import mixed, whitening
 from gradleak.attacks import attack
+from gradleak.attacks.recipe import Problem
 from gradleak.defences import Gaussian
 from gradleak.distance import cosine
+from gradleak.invert import _Loop
 from gradleak.labels import Labels
 from gradleak.whitening import Factors, Whitened, factors, whitened
 
@@ -249,7 +254,6 @@ def test_the_metric_is_made_before_the_rounds_own_tensors(monkeypatch: pytest.Mo
     calls = []
     loop = sys.modules["gradleak.invert"]  # gl.invert is its function
     own, made = client.vjp, loop.distance_to
-    monkeypatch.setattr(client, "last", lambda matched: client)
     monkeypatch.setattr(client, "to", lambda *_: client)
     monkeypatch.setattr(client, "vjp", lambda *a, **k: calls.append("round") or own(*a, **k))
     monkeypatch.setattr(loop, "distance_to", lambda *a: calls.append("metric") or made(*a))
@@ -257,3 +261,51 @@ def test_the_metric_is_made_before_the_rounds_own_tensors(monkeypatch: pytest.Mo
     gl.invert(observation, recipe, client=client, labels=Labels(truth.labels, "known"), progress=False)
     assert calls[:2] == ["metric", "round"]
     assert calls.count("metric") == 1
+
+
+def last_layers(monkeypatch: pytest.MonkeyPatch, *, threshold: float) -> Any:
+    """A loop that compares all but the first convolution, and all of the update in its rounds on pixels."""
+    monkeypatch.setattr(sys.modules["gradleak.attacks.cinet"], "WHITENED_EXPLAINED", threshold)
+    observation, client, truth = setting()
+    problem = Problem(observation, client, observation.update, truth.labels, gain_sensitivity=1.0)
+    torch.manual_seed(0)
+    recipe = attack("cinet", rounds=10, channels=8, pixel_share=0.4, matched=0.5, engine="exact")
+    return _Loop(problem, recipe, Labels(truth.labels, "known"))
+
+
+def test_pixels_are_corrected_by_all_of_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The generator by its last layers; what is reported is the loss of everything, of an iterate since then."""
+    loop = last_layers(monkeypatch, threshold=math.inf)
+    everything = loop.everything
+    for t in range(10):
+        loop.round()
+        assert (loop.problem is everything) == (t >= 6)
+        assert len(loop.problem.observed) == (6 if t >= 6 else 4)
+        expected = whitened(everything.client, everything.labels, loop.problem.observed, (3, 16, 16))
+        images = loop.images.detach()
+        loss, _ = expected(loop.problem.client(images, everything.labels), loop.problem.observed)
+        assert loop.history[-1]["loss"] == pytest.approx(loss, rel=1e-4)
+    found = loop.result()
+    assert loop.best.round > 6
+    loss, _ = loop.distance(everything.client(loop.best.images, everything.labels), everything.observed)
+    assert found.matching_loss == pytest.approx(loss, rel=1e-4)
+
+
+def test_without_rounds_on_pixels_the_last_layers_have_all_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = last_layers(monkeypatch, threshold=0.0)
+    while not loop.stopped:
+        loop.round()
+    assert loop.problem is not loop.everything
+    assert math.isfinite(loop.result().matching_loss)
+
+
+@pytest.mark.parametrize("t", [3, 6, 7])
+def test_such_a_run_goes_on_from_any_round(t: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (last_layers(monkeypatch, threshold=math.inf) for _ in range(2))
+    for _ in range(t):
+        one.round()
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    for _ in range(t, 10):
+        one.round()
+        other.round()
+    assert torch.equal(one.result().images, other.result().images)

@@ -171,7 +171,7 @@ def invert(
     own = shard(observation.batch, device)
     if own.world > 1 and not attack.shards:
         raise SpecError("attack.name: this attack runs in one process; cinet, inverting-gradients, dlg and idlg in several")
-    client, y = own.client(client.to(device, dtype).last(attack.matched)), labels.values.to(device)
+    client, y = own.client(client.to(device, dtype)), labels.values.to(device)
     if y.is_floating_point():
         y = y.to(dtype)
     generator = torch.Generator().manual_seed(0)
@@ -336,10 +336,13 @@ class _Loop:
         rounds: T.
         stopped: Why no further round follows; empty while some do.
         best: The iterate with the least matching loss.
+        problem: What is compared now: the last layers' share of the update (``attack.matched``), or everything.
+        everything: All of it, which pixels are corrected by.
     """
 
     def __init__(self, problem: Problem, attack: Attack, labels: Labels) -> None:
-        self.problem, self.attack, self.labels, self.shard = problem, attack, labels, problem.shard
+        self.everything, self._last = problem, problem.last(attack.matched)
+        self.problem, self.attack, self.labels, self.shard = self._last, attack, labels, problem.shard
         self.device = next(iter(problem.client.weights.values())).device
         self.engine = engine(attack.engine)
         if isinstance(self.engine, SelfChecking):
@@ -429,6 +432,7 @@ class _Loop:
             return phase
         left = self.best.loss / max(self.history[0]["loss"], sys.float_info.min)
         if phase.begin(self.shard.gather(self.best.images), left, isinstance(self.distance, Whitened)):
+            self._match_everything()
             self.retreat = self._state_to_fall_back_to()
             if self.t > first:
                 self.best.begin_anew(self.t)
@@ -436,6 +440,17 @@ class _Loop:
         self.left_out.append(self.phases.index(phase))
         self.plan = self._plan()
         return self.plan[self.t]
+
+    def _match_everything(self) -> None:
+        """From now on compare all of the update, if it was not (``attack.matched``): the losses are others then."""
+        if self.problem is self.everything:
+            return
+        if self.smaller_pieces:
+            self.everything.client.in_pieces(self.problem.client.piece)
+        self.problem = self.everything
+        self.best.begin_anew(self.t)
+        if isinstance(self.engine, SelfChecking):
+            self.engine.check_next()
 
     def _plan(self) -> list[Phase]:
         """The phase of each round; rounds of a phase that is left out are those of the one before."""
@@ -567,6 +582,8 @@ class _Loop:
         self.left_out = state["left_out"]
         self.whole, self.whole_error, self.whole_rounds = state["whole"]
         self.plan = self._plan()
+        if self.t and self.plan[self.t - 1].begin is not None:
+            self.problem = self.everything
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["device_random"] is not None:
             torch.cuda.set_rng_state(state["device_random"], self.device)
@@ -677,11 +694,24 @@ class _Loop:
         return loss, wanted
 
     @cached_property
-    def distance(self) -> Distance:
+    def _distance_of_all(self) -> Distance:
         """The attack's distance, made in the first round: a whitened one computes updates, and may need smaller pieces."""
         if self.targets is not None and self.attack.distance == "whitened":
             return cosine  # a covariance is that of fixed targets
-        return distance_to(self.problem, self.attack)
+        return distance_to(self.everything, self.attack)
+
+    @cached_property
+    def _distance_of_last(self) -> Distance:
+        """The same for the last layers, in the same metric."""
+        if self.shard.world > 1:  # which have other tensors to work on
+            return distance_to(self._last, self.attack)
+        found = self._distance_of_all
+        return found.only(self._last.observed) if isinstance(found, Whitened) else found
+
+    @property
+    def distance(self) -> Distance:
+        """The attack's distance, for what is compared in this round."""
+        return self._distance_of_all if self.problem is self.everything else self._distance_of_last
 
     def _free_targets(self) -> FreeTargets | None:
         """Targets to be optimised with the images, where the attack is made so or the rule is ``joint``."""

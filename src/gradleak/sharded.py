@@ -401,6 +401,10 @@ class ShardedFedSGD(FedSGD):
         vars(self).update(vars(client))
         self.part = part
 
+    def last(self, share: float) -> FedSGD:
+        found = super().last(share)
+        return self if found is self else ShardedFedSGD(found, self.part)
+
     @property
     def can_split(self) -> bool:
         return False  # processes with other numbers of pieces would wait for each other

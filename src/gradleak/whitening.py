@@ -130,6 +130,10 @@ class Whitened:
             t.mul_(along / length**3).sub_(self.whitened[name], alpha=squared / (self.size * length**3))
         return value, self.shard.collect(cotangent, observed)
 
+    def only(self, observed: Update) -> Whitened:
+        """The distance of some of the tensors, in the same metric; where one process works on all of them."""
+        return Whitened({name: self.factors[name] for name in observed}, observed, shard=self.shard)
+
     def _sum(self, products: list[Tensor]) -> float:
         """Over all processes, of which one may have no tensors."""
         total = _total([next(iter(self.observed.values())).new_zeros(()), *products])

@@ -51,6 +51,13 @@ class Problem:
     gain_sensitivity: float
     shard: Shard = WHOLE
 
+    def last(self, share: float) -> Problem:
+        """The problem of matching the last layers only (:meth:`gradleak.protocols.ClientOperator.last`), or itself."""
+        client = self.client.last(share)
+        if client is self.client:
+            return self
+        return dataclasses.replace(self, client=client, observed={name: self.observed[name] for name in client.weights})
+
     @property
     def gain_blind(self) -> bool:
         """Whether the update does not tell the gain of the images."""
@@ -114,8 +121,9 @@ class Attack:
             update by how little it varies by itself (:mod:`gradleak.whitening`), and ``cosine`` where a defence changed the
             update, it was rounded on its way, or targets are fitted too.
         matched: Share of the update's numbers that is compared, counted from the last layer backwards. Below 1 a round costs
-            less: what lies before those layers is computed once for both of the secant's passes (:mod:`gradleak.prefix`). A
-            client with a defence or several steps has all of its update compared.
+            less: what lies before those layers is computed once for both of the secant's passes (:mod:`gradleak.prefix`). The
+            rounds on pixels of CI-Net compare all of the update. So does every round with a client that has a defence or
+            several steps.
         optimiser: ``adam``, ``sgd`` (plain descent), ``lbfgs`` (a round is one call: up to twenty evaluations), or ``muon``
             (:class:`gradleak.muon.Muon`), which is made for the weights of a generator.
         signed: Feed the optimiser the sign of the gradient; ``muon`` does so itself where it is of use.
