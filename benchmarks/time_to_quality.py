@@ -377,9 +377,13 @@ def source(given: str | None) -> str:
 
 def recipe(program: str, **settings: Any) -> Attack:
     """The attack NAME[:OPTIMISER[:ETA]]."""
-    name, *step = program.split(":")
-    chosen = dict(zip(("optimiser", "learning_rate"), [*step[:1], *map(float, step[1:])], strict=False))
-    return attack(name, snapshots=0, **settings, **chosen)
+    name, _, step = program.partition(":")
+    optimiser, _, eta = step.partition(":")
+    if optimiser:
+        settings["optimiser"] = optimiser
+    if eta:
+        settings["learning_rate"] = float(eta)
+    return attack(name, snapshots=0, **settings)
 
 
 def pair(text: str) -> tuple[str, int]:

@@ -116,6 +116,7 @@ def test_a_run_that_a_limit_stopped_goes_on_and_so_does_its_clock(program: Any, 
 def test_a_program_is_an_attack_or_one_with_another_optimiser(program: Any) -> None:
     recipe = program("time_to_quality").recipe
     assert recipe("cinet", rounds=3) == attack("cinet", snapshots=0, rounds=3)
+    assert recipe("cinet:muon") == attack("cinet", snapshots=0, optimiser="muon")
     assert recipe("cinet:adam:5e-3") == attack("cinet", snapshots=0, optimiser="adam", learning_rate=5e-3)
 
 

@@ -110,7 +110,7 @@ def test_without_the_instructions_it_is_float32(client: FedSGD, monkeypatch: pyt
 
 @pytest.fixture
 def _whole_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a processor that has them, and for a small F."""
+    """As on a processor that is fast enough at it, and for a small F."""
     monkeypatch.setattr(mixed, "supported", lambda device: True)
     monkeypatch.setattr(mixed, "whole_pays", lambda device: True)
     monkeypatch.setitem(LOOP, "WHOLE_FROM", 0)
@@ -141,7 +141,7 @@ def test_an_attack_with_all_of_f_in_bfloat16_fits_as_well(client: FedSGD) -> Non
 
 @pytest.mark.usefixtures("_whole_pays")
 def test_where_bfloat16_is_too_far_off_it_is_given_up(client: FedSGD, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is tried once, and the rounds that follow are those of a processor without matrix units."""
+    """It is tried once, and the rounds that follow are those of a processor that is not fast enough at it."""
     passes: list[str] = []
     formats: list[str] = []
     tried, gradients = bfloat16.passes, mixed.weight_gradients
