@@ -140,6 +140,7 @@ PROGRAMS: dict[str, Callable[[Setting], Round]] = {
     "cinet, mixed": partial(ours, preset="cinet", precision="mixed"),
     "cinet, mixed, last 90 %": partial(ours, preset="cinet", precision="mixed", matched=0.9),
     "cinet, mixed, last 75 %": partial(ours, preset="cinet", precision="mixed", matched=0.75),
+    "cinet, mixed, last 40 %": partial(ours, preset="cinet", precision="mixed", matched=0.4),
 }
 
 

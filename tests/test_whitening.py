@@ -264,7 +264,7 @@ def test_the_metric_is_made_before_the_rounds_own_tensors(monkeypatch: pytest.Mo
 
 
 def last_layers(monkeypatch: pytest.MonkeyPatch, *, threshold: float) -> Any:
-    """A loop that compares all but the first convolution, and all of the update in its rounds on pixels."""
+    """A loop that compares all but the first convolution, and all of the update in the generator's last rounds and on pixels."""
     monkeypatch.setattr(sys.modules["gradleak.attacks.cinet"], "WHITENED_EXPLAINED", threshold)
     observation, client, truth = setting()
     problem = Problem(observation, client, observation.update, truth.labels, gain_sensitivity=1.0)
@@ -273,33 +273,50 @@ def last_layers(monkeypatch: pytest.MonkeyPatch, *, threshold: float) -> Any:
     return _Loop(problem, recipe, Labels(truth.labels, "known"))
 
 
-def test_pixels_are_corrected_by_all_of_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The generator by its last layers; what is reported is the loss of everything, of an iterate since then."""
+def test_the_last_rounds_compare_all_of_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last two of the generator's six, and the pixels'; what is reported is the loss of everything, of an iterate since then."""
     loop = last_layers(monkeypatch, threshold=math.inf)
     everything = loop.everything
     for t in range(10):
         loop.round()
-        assert (loop.problem is everything) == (t >= 6)
-        assert len(loop.problem.observed) == (6 if t >= 6 else 4)
+        assert (loop.problem is everything) == (t >= 4)
+        assert len(loop.problem.observed) == (6 if t >= 4 else 4)
         expected = whitened(everything.client, everything.labels, loop.problem.observed, (3, 16, 16))
         images = loop.images.detach()
         loss, _ = expected(loop.problem.client(images, everything.labels), loop.problem.observed)
         assert loop.history[-1]["loss"] == pytest.approx(loss, rel=1e-4)
     found = loop.result()
-    assert loop.best.round > 6
+    assert loop.best.round > 4
     loss, _ = loop.distance(everything.client(loop.best.images, everything.labels), everything.observed)
     assert found.matching_loss == pytest.approx(loss, rel=1e-4)
 
 
-def test_without_rounds_on_pixels_the_last_layers_have_all_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_they_do_without_rounds_on_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = last_layers(monkeypatch, threshold=0.0)
     while not loop.stopped:
         loop.round()
-    assert loop.problem is not loop.everything
-    assert math.isfinite(loop.result().matching_loss)
+        assert (loop.problem is loop.everything) == (loop.t > 4)
+    found = loop.result()
+    loss, _ = loop.distance(loop.everything.client(loop.best.images, loop.everything.labels), loop.everything.observed)
+    assert found.matching_loss == pytest.approx(loss, rel=1e-4)
 
 
-@pytest.mark.parametrize("t", [3, 6, 7])
+def test_curvature_of_another_loss_is_forgotten() -> None:
+    """L-BFGS of a single phase, which begins anew where all layers are compared."""
+    observation, client, truth = setting()
+    problem = Problem(observation, client, observation.update, truth.labels, gain_sensitivity=1.0)
+    torch.manual_seed(0)
+    loop = _Loop(problem, attack("inverting-gradients", optimiser="lbfgs", rounds=5, matched=0.5), Labels(truth.labels, "known"))
+    (phase,) = loop.phases
+    evaluations = []
+    for _ in range(5):
+        loop.round()
+        evaluations.append(next(iter(phase.optimiser.state.values()))["func_evals"])
+    assert evaluations[4] <= 20 < evaluations[3]
+    assert loop.problem is loop.everything
+
+
+@pytest.mark.parametrize("t", [3, 4, 5, 6, 7])
 def test_such_a_run_goes_on_from_any_round(t: int, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = (last_layers(monkeypatch, threshold=math.inf) for _ in range(2))
     for _ in range(t):

@@ -54,6 +54,10 @@ WHOLE_FROM = 2**20
 #: many rounds.
 WHOLE_TOLERANCE, WHOLE_EVERY = 0.3, 100
 
+#: Where an attack compares the last layers only, this share of its first phase's rounds, the last ones, compares all of the
+#: update: without them two images of one class may stay mixed (docs/experiments.md).
+COMPARE_ALL = 0.2
+
 #: A best loss that is older than this share of the rounds run is reported as a plateau.
 PLATEAU = 0.25
 
@@ -337,7 +341,8 @@ class _Loop:
         stopped: Why no further round follows; empty while some do.
         best: The iterate with the least matching loss.
         problem: What is compared now: the last layers' share of the update (``attack.matched``), or everything.
-        everything: All of it, which pixels are corrected by.
+        everything: All of it, which the first phase's last rounds compare, and all phases after it.
+        last_only: How many rounds come before those.
     """
 
     def __init__(self, problem: Problem, attack: Attack, labels: Labels) -> None:
@@ -364,6 +369,7 @@ class _Loop:
         self.left_out = [k for k, phase in enumerate(self.phases) if phase.begin is not None and self.targets is not None]
         self.plan = self._plan()
         self.t, self.rounds = 0, len(self.plan)
+        self.last_only = self.phases[0].rounds - math.ceil(COMPARE_ALL * self.phases[0].rounds)
         self.target_phase = None
         if self.targets is not None and together is None:
             adam = torch.optim.Adam(self.targets.parameters(), lr=TARGET_RATE)
@@ -389,6 +395,8 @@ class _Loop:
     def round(self) -> None:
         """One step of the optimiser. A loss that is not finite, or memory that runs out, is mended once."""
         phase = self._begun(self.plan[self.t])
+        if self.t == self.last_only:
+            self._compare_all(phase)
         if isinstance(self.engine, SelfChecking):
             self.engine.tolerate(SIGNED_TOLERANCE if phase.signed else TOLERANCE)
         rate = phase.optimiser.param_groups[0]["lr"]
@@ -432,7 +440,6 @@ class _Loop:
             return phase
         left = self.best.loss / max(self.history[0]["loss"], sys.float_info.min)
         if phase.begin(self.shard.gather(self.best.images), left, isinstance(self.distance, Whitened)):
-            self._match_everything()
             self.retreat = self._state_to_fall_back_to()
             if self.t > first:
                 self.best.begin_anew(self.t)
@@ -441,7 +448,7 @@ class _Loop:
         self.plan = self._plan()
         return self.plan[self.t]
 
-    def _match_everything(self) -> None:
+    def _compare_all(self, phase: Phase) -> None:
         """From now on compare all of the update, if it was not (``attack.matched``): the losses are others then."""
         if self.problem is self.everything:
             return
@@ -449,6 +456,8 @@ class _Loop:
             self.everything.client.in_pieces(self.problem.client.piece)
         self.problem = self.everything
         self.best.begin_anew(self.t)
+        if isinstance(phase.optimiser, torch.optim.LBFGS):
+            phase.optimiser.state.clear()  # its curvature is that of another loss
         if isinstance(self.engine, SelfChecking):
             self.engine.check_next()
 
@@ -582,8 +591,7 @@ class _Loop:
         self.left_out = state["left_out"]
         self.whole, self.whole_error, self.whole_rounds = state["whole"]
         self.plan = self._plan()
-        if self.t and self.plan[self.t - 1].begin is not None:
-            self.problem = self.everything
+        self.problem = self.everything if self.t > self.last_only else self._last
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["device_random"] is not None:
             torch.cuda.set_rng_state(state["device_random"], self.device)
@@ -649,7 +657,9 @@ class _Loop:
     def _match(self, member: Tensor) -> tuple[float, Tensor]:
         """The matching loss of one member's images, and its cotangent with respect to them."""
         if self.targets is None:
-            return self._checked(member) if mixed.whole() and self.t % WHOLE_EVERY == 0 else self._fixed(member, self.engine)
+            changed = self.t == self.last_only and self._last is not self.everything
+            due = mixed.whole() and (changed or self.t % WHOLE_EVERY == 0)
+            return self._checked(member) if due else self._fixed(member, self.engine)
         y = self.targets()
         update, both = self.problem.client.joint_vjp(member, y, engine=self.engine)
         loss, cotangent = self.distance(update, self.problem.observed)
