@@ -264,7 +264,7 @@ def test_the_metric_is_made_before_the_rounds_own_tensors(monkeypatch: pytest.Mo
 
 
 def last_layers(monkeypatch: pytest.MonkeyPatch, *, threshold: float) -> Any:
-    """A loop that compares all but the first convolution, and all of the update in the generator's last rounds and on pixels."""
+    """A loop that compares all but the first convolution, and all of the update in the generator's last rounds and after."""
     monkeypatch.setattr(sys.modules["gradleak.attacks.cinet"], "WHITENED_EXPLAINED", threshold)
     observation, client, truth = setting()
     problem = Problem(observation, client, observation.update, truth.labels, gain_sensitivity=1.0)
@@ -274,7 +274,7 @@ def last_layers(monkeypatch: pytest.MonkeyPatch, *, threshold: float) -> Any:
 
 
 def test_the_last_rounds_compare_all_of_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last two of the generator's six, and the pixels'; what is reported is the loss of everything, of an iterate since then."""
+    """The last two of the generator's six, and the pixels'; what is reported is the loss of everything since then."""
     loop = last_layers(monkeypatch, threshold=math.inf)
     everything = loop.everything
     for t in range(10):
@@ -306,7 +306,8 @@ def test_curvature_of_another_loss_is_forgotten() -> None:
     observation, client, truth = setting()
     problem = Problem(observation, client, observation.update, truth.labels, gain_sensitivity=1.0)
     torch.manual_seed(0)
-    loop = _Loop(problem, attack("inverting-gradients", optimiser="lbfgs", rounds=5, matched=0.5), Labels(truth.labels, "known"))
+    recipe = attack("inverting-gradients", optimiser="lbfgs", rounds=5, matched=0.5)
+    loop = _Loop(problem, recipe, Labels(truth.labels, "known"))
     (phase,) = loop.phases
     evaluations = []
     for _ in range(5):
