@@ -56,7 +56,7 @@ WHOLE_TOLERANCE, WHOLE_EVERY = 0.3, 100
 
 #: Where an attack compares the last layers only, this share of its first phase's rounds, the last ones, compares all of the
 #: update: without them two images of one class may stay mixed (docs/experiments.md).
-COMPARE_ALL = 0.2
+COMPARE_ALL = 0.25
 
 #: A best loss that is older than this share of the rounds run is reported as a plateau.
 PLATEAU = 0.25
