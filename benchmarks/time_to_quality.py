@@ -4,8 +4,8 @@
     python benchmarks/time_to_quality.py --race [--factor 15] [--rounds cinet-reference=20000] [--json FILE]
 
 All programs attack the same update of the same images (the first CIFAR-10 training images), with labels known. A program is
-an attack, or one with another optimiser and rate, such as ``cinet:adam:5e-3``. Every ``--every`` rounds the iterate of the
-least matching loss is scored, one to one, at the gain that a run would give it. The clock is the wall time of
+an attack, or one with settings of its own, such as ``cinet:matched=0.4,precision=mixed``. Every ``--every`` rounds the iterate
+of the least matching loss is scored, one to one, at the gain that a run would give it. The clock is the wall time of
 :func:`gradleak.invert.invert` and stands still while it scores and while a checkpoint is written.
 A run ends when all goals are reached, at ``--seconds`` on its clock, or after its rounds. A goal that it did not reach is
 censored: its time is at least the run's, and a ratio to it is a bound. Medians over the seeds are intervals where censored
@@ -47,7 +47,7 @@ from gradleak.evaluate import quality_over_rounds
 from gradleak.invariance import bright_gain, gain_sensitivity
 from gradleak.invert import Progress, _Loop, distance_to, invert
 from gradleak.labels import Labels
-from gradleak.spec import DataSpec
+from gradleak.spec import DataSpec, set_value
 from record import ROOT, provenance, write_rows
 from step import FORWARD, interleaved, model_spec
 from tables import table
@@ -376,19 +376,16 @@ def source(given: str | None) -> str:
 
 
 def recipe(program: str, **settings: Any) -> Attack:
-    """The attack NAME[:OPTIMISER[:ETA]]."""
-    name, _, step = program.partition(":")
-    optimiser, _, eta = step.partition(":")
-    if optimiser:
-        settings["optimiser"] = optimiser
-    if eta:
-        settings["learning_rate"] = float(eta)
+    """The attack NAME[:KEY=VALUE[,KEY=VALUE ...]]."""
+    name, _, own = program.partition(":")
+    for setting in filter(None, own.split(",")):
+        set_value(settings, setting)
     return attack(name, snapshots=0, **settings)
 
 
 def pair(text: str) -> tuple[str, int]:
     """``NAME=ROUNDS``."""
-    name, equals, rounds = text.partition("=")
+    name, equals, rounds = text.rpartition("=")
     if not equals or not rounds.isdigit() or int(rounds) < 2:
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=ROUNDS with two rounds or more, such as {OURS}=400")
     return name, int(rounds)
@@ -404,7 +401,7 @@ def goal(text: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--programs", nargs="+", default=[OURS, BASELINE, "cinet-paper"], help="NAME[:OPTIMISER[:ETA]] of attacks"
+        "--programs", nargs="+", default=[OURS, BASELINE, "cinet-paper"], help="NAME[:KEY=VALUE,...] of attacks"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--model", default="resnet18-cifar:64", help="NAME[:WIDTH][@PIXELS]")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from gradleak.attacks import attack
+from gradleak.errors import SpecError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 if not BENCHMARKS.is_dir():
@@ -113,11 +114,14 @@ def test_a_run_that_a_limit_stopped_goes_on_and_so_does_its_clock(program: Any, 
     assert not list((tmp_path / "work").iterdir())
 
 
-def test_a_program_is_an_attack_or_one_with_another_optimiser(program: Any) -> None:
-    recipe = program("time_to_quality").recipe
-    assert recipe("cinet", rounds=3) == attack("cinet", snapshots=0, rounds=3)
-    assert recipe("cinet:muon") == attack("cinet", snapshots=0, optimiser="muon")
-    assert recipe("cinet:adam:5e-3") == attack("cinet", snapshots=0, optimiser="adam", learning_rate=5e-3)
+def test_a_program_is_an_attack_or_one_with_settings_of_its_own(program: Any) -> None:
+    quality = program("time_to_quality")
+    assert quality.recipe("cinet", rounds=3) == attack("cinet", snapshots=0, rounds=3)
+    adam = quality.recipe("cinet:optimiser=adam,learning_rate=5e-3", rounds=3)
+    assert adam == attack("cinet", snapshots=0, rounds=3, optimiser="adam", learning_rate=5e-3)
+    assert quality.pair("cinet:matched=0.4=120") == ("cinet:matched=0.4", 120)
+    with pytest.raises(SpecError, match="key=value"):
+        quality.recipe("cinet:adam")
 
 
 def test_medians_and_ratios_of_censored_times_are_bounds(program: Any) -> None:
