@@ -122,8 +122,8 @@ class Attack:
             update, it was rounded on its way, or targets are fitted too.
         matched: Share of the update's numbers that is compared, counted from the last layer backwards. Below 1 a round costs
             less: what lies before those layers is computed once for both of the secant's passes (:mod:`gradleak.prefix`). The
-            last quarter of the rounds (of CI-Net: of its generator's, and then all on pixels) compares all of the update. So does
-            every round with a client that has a defence or several steps.
+            last quarter of the rounds (of CI-Net: of its generator's, and then all on pixels) compares all of the update. So
+            does every round with a client that has a defence or several steps.
         optimiser: ``adam``, ``sgd`` (plain descent), ``lbfgs`` (a round is one call: up to twenty evaluations), or ``muon``
             (:class:`gradleak.muon.Muon`), which is made for the weights of a generator.
         signed: Feed the optimiser the sign of the gradient; ``muon`` does so itself where it is of use.
