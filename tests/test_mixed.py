@@ -129,6 +129,19 @@ def test_where_it_pays_all_of_f_is_in_bfloat16_and_is_looked_at_in_float32(
 
 
 @pytest.mark.usefixtures("_whole_pays")
+@pytest.mark.parametrize(("matched", "expected"), [(1.0, [0, 10]), (0.3, [0, 9, 10])])
+def test_it_is_looked_at_too_where_more_layers_are_compared(
+    matched: float, expected: list[int], client: FedSGD, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 20 rounds the generator has 13, and the last four of those compare all of the update."""
+    looked = []
+    own = _Loop._checked
+    monkeypatch.setattr(_Loop, "_checked", lambda loop, member: (looked.append(loop.t), own(loop, member))[1])
+    run(client, precision="mixed", rounds=20, matched=matched)
+    assert looked == expected
+
+
+@pytest.mark.usefixtures("_whole_pays")
 def test_an_attack_with_all_of_f_in_bfloat16_fits_as_well(client: FedSGD) -> None:
     whole, half = run(client), run(client, precision="mixed")
     said = half.notes["whole_model_in_bfloat16"]
