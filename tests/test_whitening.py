@@ -301,21 +301,19 @@ def test_so_they_do_without_rounds_on_pixels(monkeypatch: pytest.MonkeyPatch) ->
     assert found.matching_loss == pytest.approx(loss, rel=1e-4)
 
 
-def test_curvature_of_another_loss_is_forgotten() -> None:
-    """L-BFGS of a single phase, which begins anew where all layers are compared."""
+def test_an_attack_of_one_phase_compares_all_in_its_last_rounds_too() -> None:
     observation, client, truth = setting()
     problem = Problem(observation, client, observation.update, truth.labels, gain_sensitivity=1.0)
     torch.manual_seed(0)
     recipe = attack("inverting-gradients", optimiser="lbfgs", rounds=5, matched=0.5)
     loop = _Loop(problem, recipe, Labels(truth.labels, "known"))
-    (phase,) = loop.phases
-    calls = []  # of L-BFGS since its state is what it is
+    compared = []
     for _ in range(5):
         loop.round()
-        calls.append(next(iter(phase.optimiser.state.values()))["n_iter"])
-    assert calls[2] > calls[1] > calls[0]
-    assert calls[3] < calls[2]
-    assert loop.problem is loop.everything
+        compared.append(len(loop.problem.observed))
+    assert compared == [4, 4, 4, 6, 6]
+    loss, _ = loop.distance(client(loop.result().images, truth.labels), observation.update)
+    assert loop.best.loss == pytest.approx(loss, rel=1e-4)
 
 
 @pytest.mark.parametrize("t", [3, 4, 5, 6, 7])

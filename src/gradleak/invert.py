@@ -396,7 +396,7 @@ class _Loop:
         """One step of the optimiser. A loss that is not finite, or memory that runs out, is mended once."""
         phase = self._begun(self.plan[self.t])
         if self.t == self.last_only:
-            self._compare_all(phase)
+            self._compare_all()
         if isinstance(self.engine, SelfChecking):
             self.engine.tolerate(SIGNED_TOLERANCE if phase.signed else TOLERANCE)
         rate = phase.optimiser.param_groups[0]["lr"]
@@ -448,7 +448,7 @@ class _Loop:
         self.plan = self._plan()
         return self.plan[self.t]
 
-    def _compare_all(self, phase: Phase) -> None:
+    def _compare_all(self) -> None:
         """From now on compare all of the update, if it was not (``attack.matched``): the losses are others then."""
         if self.problem is self.everything:
             return
@@ -456,8 +456,6 @@ class _Loop:
             self.everything.client.in_pieces(self.problem.client.piece)
         self.problem = self.everything
         self.best.begin_anew(self.t)
-        if isinstance(phase.optimiser, torch.optim.LBFGS):
-            phase.optimiser.state.clear()  # its curvature is that of another loss
         if isinstance(self.engine, SelfChecking):
             self.engine.check_next()
 
