@@ -58,12 +58,15 @@ def test_pixels_are_smoothed_again_where_rounds_enough_follow(
 ) -> None:
     """The best iterate is then the best since, whatever came before; an interrupted run does the same."""
     monkeypatch.setattr(sys.modules["gradleak.attacks.cinet"], "SMOOTH_EVERY", 8)
+    # so much that the loss rises, whatever a processor's rounding
+    monkeypatch.setattr(sys.modules["gradleak.attacks.cinet"], "SMOOTHING", 10 * SMOOTHING)
     settled = []
     settle = Corrected.settle
     monkeypatch.setattr(Corrected, "settle", lambda self, images: (settled.append(images.clone()), settle(self, images)))
     whole = run(client, truth, rounds=60, pixel_share=0.5)  # 30 rounds on pixels: smoothed before the 1st, 9th and 17th
     assert len(settled) == 3
     losses = [row["loss"] for row in whole.history]
+    assert losses[46] > losses[45]
     assert whole.best_round > 46
     assert whole.matching_loss <= min(losses[46:])
     for cut in (38, 45, 46, 47):
