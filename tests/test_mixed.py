@@ -66,7 +66,7 @@ def test_every_convolution_gives_its_own_output_and_gradients(convolution: nn.Co
     x = torch.rand(2, 4, 12, 12, requires_grad=True)
     parameters = [x, *convolution.parameters()]
     plain = convolution(x)
-    with mixed.rounds(True, torch.device("cpu")), mixed.weight_gradients():
+    with mixed.rounds(True, torch.device("cpu")), mixed.convolutions():
         y = convolution(x)
     torch.testing.assert_close(y, plain)
     wanted, found = (torch.autograd.grad((out * out.detach().cos()).sum(), parameters) for out in (plain, y))
@@ -76,7 +76,7 @@ def test_every_convolution_gives_its_own_output_and_gradients(convolution: nn.Co
 
 
 def test_nothing_changes_outside() -> None:
-    with mixed.rounds(False, torch.device("cpu")), mixed.weight_gradients():
+    with mixed.rounds(False, torch.device("cpu")), mixed.convolutions():
         y = nn.Conv2d(3, 4, 3)(torch.rand(1, 3, 8, 8))
     assert y.grad_fn is not None
     assert "Convolution" in type(y.grad_fn).__name__
@@ -157,9 +157,9 @@ def test_where_bfloat16_is_too_far_off_it_is_given_up(client: FedSGD, monkeypatc
     """It is tried once, and the rounds that follow are those of a processor that is not fast enough at it."""
     passes: list[str] = []
     formats: list[str] = []
-    tried, gradients = bfloat16.passes, mixed.weight_gradients
+    tried, gradients = bfloat16.passes, mixed.convolutions
     monkeypatch.setattr(bfloat16, "passes", lambda: (passes.append("tried"), tried())[1])
-    monkeypatch.setattr(mixed, "weight_gradients", lambda: (formats.append(mixed._format.get()), gradients())[1])
+    monkeypatch.setattr(mixed, "convolutions", lambda: (formats.append(mixed._format.get()), gradients())[1])
     monkeypatch.setitem(LOOP, "WHOLE_TOLERANCE", 1e-6)
     found = run(client, precision="mixed", rounds=24)
     of_found = formats.copy()
@@ -170,8 +170,9 @@ def test_where_bfloat16_is_too_far_off_it_is_given_up(client: FedSGD, monkeypatc
     formats.clear()
     other = run(client, precision="mixed", rounds=24)
     assert len(passes) == 1
-    assert (of_found[0], formats[0]) == ("float32", "bfloat16")
-    assert of_found[1:] == formats[1:]
+    later = -2 * 23  # two passes a round, but for the first one, which looks for the step
+    assert (set(of_found[:later]), set(formats[:later])) == ({"float32"}, {"bfloat16"})
+    assert of_found[later:] == formats[later:]
     assert found.history[0]["loss"] == pytest.approx(other.history[0]["loss"], rel=0.02)
 
 

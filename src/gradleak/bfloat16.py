@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from gradleak.convolution import Geometry
 
 #: Of images, weights and cotangents in the passes.
 FORMAT = torch.bfloat16
@@ -43,7 +45,7 @@ class _Layers(TorchFunctionMode):
         if function is torch.conv2d and len(arguments) == 7 and not named:
             x, weight, bias, stride, padding, dilation, groups = arguments
             if x.ndim == 4 and not isinstance(padding, str):
-                y = _Convolution.apply(_half(x), weight.to(FORMAT), _Geometry(stride, padding, dilation, groups))
+                y = _Convolution.apply(_half(x), weight.to(FORMAT), _Matrices.of(stride, padding, dilation, groups))
                 return y if bias is None else y + bias.to(y.dtype)[:, None, None]
         if function is F.batch_norm and (found := _batch_norm(*arguments, **named)) is not None:
             return found
@@ -78,29 +80,22 @@ def _half(x: Tensor) -> Tensor:
     return x.to(FORMAT, memory_format=torch.channels_last)
 
 
-class _Geometry(NamedTuple):
-    """Of a convolution, and the three products that it and its derivatives are: each linear in either factor.
+class _Matrices(Geometry):
+    """The same by products of matrices where there are more weights than images' values, as in the last layers of a ResNet.
 
-    Where there are more weights than images' values, as in the last layers of a ResNet, libraries spend most of the time on
-    bringing the weights into their own order. There the products are those of matrices, in the order that weights have.
+    There libraries spend most of the time on bringing the weights into their own order; these are in the order that weights
+    have.
     """
-
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-    groups: int
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         if not self._as_matrices(x.numel(), w):
-            return torch.conv2d(x, w, None, *self)
+            return super().forward(x, w)
         patches = self._patches(x, w)
         return (patches.flatten(3) @ w.flatten(1).T).permute(0, 3, 1, 2)
 
     def to_images(self, y: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        """The cotangent y of the output to that of x, of which the shape is read only."""
         if not self._as_matrices(x.numel(), w):
-            found: Tensor = self._backward(y, x, w, [True, False, False])[0]
-            return found
+            return super().to_images(y, x, w)
         patches = (y.permute(0, 2, 3, 1) @ w.flatten(1)).unflatten(3, (x.shape[1], -1))
         patches = patches.permute(4, 0, 1, 2, 3).contiguous()
         (down, across), (top, left) = self.stride, self.padding
@@ -115,19 +110,10 @@ class _Geometry(NamedTuple):
         return inner.to(x.dtype).permute(0, 3, 1, 2)
 
     def to_weight(self, y: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        """The cotangent y of the output to that of w, of which the shape is read only."""
         if not self._as_matrices(x.numel(), w):
-            found: Tensor = self._backward(y, x, w, [False, True, False])[1]
-            return found.contiguous()
+            return super().to_weight(y, x, w)
         patches = self._patches(x, w).flatten(0, 2).flatten(1)  # and not a product for each image
         return (y.permute(0, 2, 3, 1).flatten(0, 2).T @ patches).view(w.shape)
-
-    def _backward(self, y: Tensor, x: Tensor, w: Tensor, wanted: list[bool]) -> Sequence[Any]:
-        stride, padding, dilation, groups = self
-        found: Sequence[Any] = _aten.convolution_backward(
-            y, x, w, None, stride, padding, dilation, False, [0, 0], groups, wanted
-        )
-        return found
 
     def _as_matrices(self, size: int, w: Tensor) -> bool:
         return w.numel() > MATRICES * size and self.groups == 1 and tuple(self.dilation) == (1, 1)
@@ -143,7 +129,7 @@ class _Geometry(NamedTuple):
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, geometry: _Geometry) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.geometry = geometry
         return geometry.forward(x, w)
@@ -157,7 +143,7 @@ class _Convolution(torch.autograd.Function):
 class _ConvolutionBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, w: Tensor, geometry: _Geometry, wanted: tuple[bool, bool]
+        ctx: Any, y: Tensor, x: Tensor, w: Tensor, geometry: Geometry, wanted: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         ctx.save_for_backward(y, x, w)
         ctx.geometry = geometry
@@ -169,7 +155,7 @@ class _ConvolutionBackward(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, a: Tensor | None, v: Tensor | None) -> tuple[Tensor | None, ...]:
         y, x, w = ctx.saved_tensors
-        geometry: _Geometry = ctx.geometry
+        geometry: Geometry = ctx.geometry
         products = [] if a is None else [(_half(a), w)]
         products += [] if v is None else [(x, v.to(w.dtype))]
         to_y, to_x = None, None

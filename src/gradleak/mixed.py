@@ -1,4 +1,5 @@
-"""Which parts of a round are in a faster format, and that no other is in less than float32.
+"""Which parts of a round are in a faster format, and that no other is in less than float32; which convolutions take fewer
+multiplications in it.
 
 On processors, rounds can be partly in bfloat16: half the time for these parts where there are the instructions. The image model
 is, whatever images it makes: F sees them in float32. So are the gradients of F's convolution weights, the only part of the
@@ -20,6 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from gradleak import winograd
+from gradleak.convolution import Geometry
 
 _format: ContextVar[str] = ContextVar("format", default="float32")
 _cudnn: Any = torch.backends.cudnn
@@ -47,8 +51,8 @@ def full_float32() -> Iterator[None]:
 
 @contextmanager
 def rounds(mixed: bool, device: torch.device, *, whole: bool = False) -> Iterator[None]:
-    """Inside, a CUDA device's convolutions are in TF32; elsewhere :func:`image_model` and :func:`weight_gradients` are in
-    bfloat16, or with ``whole`` all of F. Or none of them.
+    """Inside, a CUDA device's convolutions are in TF32; elsewhere :func:`image_model` and the weights' gradients of
+    :func:`convolutions` are in bfloat16, or with ``whole`` all of F. Or none of them.
     """
     on_gpu = device.type == "cuda"
     token = _format.set(("tf32" if on_gpu else "bfloat16, F too" if whole else "bfloat16") if mixed else "float32")
@@ -85,9 +89,12 @@ def image_model(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16) if _format.get().startswith("bfloat16") else nullcontext()
 
 
-def weight_gradients() -> AbstractContextManager[Any]:
-    """Convolutions inside have weight gradients by bfloat16. They can be differentiated once."""
-    return _Convolutions() if _format.get() == "bfloat16" else nullcontext()
+def convolutions() -> AbstractContextManager[Any]:
+    """Convolutions inside have weight gradients by bfloat16 where the round has, and are products of fewer multiplications
+    where that pays (:mod:`gradleak.winograd`). They can be differentiated once.
+    """
+    half = _format.get() == "bfloat16"
+    return _Convolutions(half) if half or winograd.pays_here() else nullcontext()
 
 
 @functools.cache
@@ -114,42 +121,38 @@ def whole_pays(device: str) -> bool:
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, options: tuple[Sequence[int], ...], groups: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: Geometry, half: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.options, ctx.groups = options, groups
-        stride, padding, dilation = options
-        return torch.conv2d(x, weight, None, stride, padding, dilation, groups)
+        ctx.geometry, ctx.half = geometry, half
+        return geometry.forward(x, weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         to_x, to_weight, *_ = ctx.needs_input_grad
-
-        def back(cotangent: Tensor, x: Tensor, weight: Tensor, *, wanted: list[bool]) -> Sequence[Tensor | None]:
-            stride, padding, dilation = ctx.options
-            found: Sequence[Tensor | None] = torch.ops.aten.convolution_backward(
-                cotangent, x, weight, None, stride, padding, dilation, False, [0, 0], ctx.groups, wanted
-            )
-            return found
-
-        image_cotangent = back(cotangent, x, weight, wanted=[True, False, False])[0] if to_x else None
+        image_cotangent = ctx.geometry.to_images(cotangent, x, weight) if to_x else None
         gradient = None
         if to_weight:
-            half = (t.bfloat16() for t in (cotangent, x, weight))
-            gradient = back(*half, wanted=[False, True, False])[1]
-            gradient = None if gradient is None else gradient.to(weight.dtype)
+            factors = (t.bfloat16() if ctx.half else t for t in (cotangent, x, weight))
+            gradient = ctx.geometry.to_weight(*factors).to(weight.dtype)
         return image_cotangent, gradient, None, None
 
 
 class _Convolutions(TorchFunctionMode):
+    def __init__(self, half: bool) -> None:
+        super().__init__()
+        self.half = half
+
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, arguments: Sequence[Any] = (), named: Mapping[str, Any] | None = None
     ) -> Any:
         named = named or {}
-        if function is torch.conv2d and len(arguments) == 7 and not named:
+        if function is torch.conv2d and len(arguments) == 7 and not named and not isinstance(arguments[4], str):
             x, weight, bias, stride, padding, dilation, groups = arguments
-            if weight.requires_grad and weight.dtype == torch.float32 and not isinstance(padding, str):
-                y = _Convolution.apply(x, weight, (stride, padding, dilation), groups)
+            geometry = Geometry.of(stride, padding, dilation, groups)
+            half = self.half and weight.requires_grad and weight.dtype == torch.float32
+            if half or geometry.by_winograd(x, weight):
+                y = _Convolution.apply(x, weight, geometry, half)
                 return y if bias is None else y + bias[:, None, None]
         return function(*arguments, **named)

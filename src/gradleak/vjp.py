@@ -104,7 +104,7 @@ def secant(loss: Loss, weights: Update, images: Tensor, *, step: float = 1e-3) -
     leaves = [weights[name].detach().requires_grad_() for name in names]
     images = images.detach().requires_grad_()
     prefix = Prefix(images)
-    with mixed.weight_gradients():
+    with mixed.convolutions():
         value = prefix(lambda: loss(dict(zip(names, leaves, strict=True)), images))
     found = torch.autograd.grad(value, [*leaves, *prefix.border], allow_unused=True)
     gradients = [torch.zeros_like(w) if g is None else g for w, g in zip(leaves, found, strict=False)]
@@ -118,7 +118,7 @@ def secant(loss: Loss, weights: Update, images: Tensor, *, step: float = 1e-3) -
         h = step / size
         moved = torch._foreach_add([w.detach() for w in leaves], [cotangent[name] for name in names], alpha=h)
         del cotangent  # as large as the model, and the caller may have let go of it
-        with torch.enable_grad():
+        with torch.enable_grad(), mixed.convolutions():
             value = prefix(lambda: loss(dict(zip(names, moved, strict=True)), images))
         ends = torch.autograd.grad(value, prefix.border, allow_unused=True)
         return prefix.backward(
