@@ -45,6 +45,20 @@ def rows_in(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def test_convolutions_are_compared_layer_by_layer(program: Any, tmp_path: Path) -> None:
+    convolutions = program("convolutions")
+    file = tmp_path / "rows.json"
+    convolutions.main(["--layers", "8x4x2", "4x7x1", "--repeats", "2", "--json", str(file)])
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    assert [(row["layer"], row["name"]) for row in rows] == [(k, p) for k in ("8x4x2", "4x7x1") for p in convolutions.PRODUCTS]
+    for row in rows:
+        assert row.keys() >= {"command", "commit", "seed", "device", "threads", "versions"}
+        assert max(row["errors"]) < 5e-6  # both are the same product
+        assert not row["taken"]
+        theirs, ours = row["milliseconds"]
+        assert row["ratio_vs_torch"] == pytest.approx(theirs / ours, rel=0.01)
+
+
 def test_step_compares_whole_rounds(program: Any, tmp_path: Path) -> None:
     step = program("step")
     file = tmp_path / "rows.json"
