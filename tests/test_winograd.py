@@ -14,7 +14,7 @@ from gradleak import mixed, winograd
 from gradleak.client import FedSGD
 from gradleak.convolution import Geometry
 from gradleak.models.cifar import resnet18
-from gradleak.vjp import secant
+from gradleak.vjp import SelfChecking, secant
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +56,34 @@ def test_products_and_transposes_are_those_of_torch(size: tuple[int, int], monke
     given = factors(3, 5, 7, size, torch.float64)
     for found, wanted in zip(ours(*given), of_torch(*given), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (7, 5)], ids=str)
+def test_kept_kernels_give_the_same(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, (y, x, w) = winograd.Kept(), factors(3, 5, 7, size, torch.float64)
+    wanted = of_torch(y, x, w)
+    for _ in range(2):
+        kept.next_pass()
+        torch.testing.assert_close(winograd.forward(x, w, kept), wanted[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(winograd.to_images(y, x, w, kept), wanted[1], rtol=1e-12, atol=1e-12)
+    assert kept.kernels(w) is kept.kernels(w.detach())
+    monkeypatch.setattr(winograd, "IMAGES_KEPT", 2)
+    kept = winograd.Kept()
+    winograd.forward(x, w, kept)
+    assert not kept._known  # too many images
+
+
+def test_kept_kernels_are_those_of_the_weights_as_they_are() -> None:
+    kept, (y, x, w) = winograd.Kept(), factors(3, 5, 7, (4, 4), torch.float64)
+    winograd.forward(x, w, kept)
+    w.mul_(2)
+    torch.testing.assert_close(winograd.forward(x, w, kept), of_torch(y, x, w)[0], rtol=1e-12, atol=1e-12)
+    # weights that are made anew for each pass: no confusion with those before, and none is held for long
+    for k in range(20):
+        kept.next_pass()
+        other = w * k
+        torch.testing.assert_close(winograd.forward(x, other, kept), k * of_torch(y, x, w)[0], rtol=1e-12, atol=1e-10)
+        assert len(kept._known) <= 2
 
 
 def test_round_off_is_about_that_of_torch() -> None:
@@ -105,7 +133,7 @@ def test_a_convolution_has_its_own_output_and_gradients(
 ) -> None:
     calls = []
     plain_forward = winograd.forward
-    monkeypatch.setattr(winograd, "forward", lambda x, w: (calls.append(x.shape), plain_forward(x, w))[1])
+    monkeypatch.setattr(winograd, "forward", lambda x, w, kept: (calls.append(x.shape), plain_forward(x, w, kept))[1])
     x = torch.rand(2, 4, 8, 8, dtype=convolution.weight.dtype, requires_grad=True)
     leaves = [x, *convolution.parameters()]
     plain = convolution(x)
@@ -138,6 +166,14 @@ def test_the_secant_of_a_whole_network_is_the_same(monkeypatch: pytest.MonkeyPat
     found, transpose = client.vjp(x, y, engine=secant)
     cotangent = {name: torch.randn_like(g) for name, g in found.items()}
     back = transpose(cotangent)
+    with_kept, kept = SelfChecking(), winograd.Kept()
+    monkeypatch.setattr(with_kept, "_kept", kept)
+    for _ in range(3):
+        again, transposed = client.vjp(x, y, engine=with_kept)
+        transposed(cotangent)
+    assert kept._known
+    for name, g in found.items():
+        torch.testing.assert_close(again[name], g, rtol=1e-3, atol=1e-5)
     monkeypatch.setattr(winograd, "pays_here", lambda: False)
     wanted, other = client.vjp(x, y, engine=secant)
     differs = 0
@@ -171,3 +207,10 @@ def test_where_it_was_measured_to_pay(
     for here in (True, False):
         monkeypatch.setattr(winograd, "pays_here", lambda here=here: here)
         assert winograd.pays(x, w) == (expected and here)
+
+
+def test_only_on_one_thread_of_processors_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, threads, expected in (("AVX2", 1, True), ("AVX2", 2, False), ("AVX512", 1, False), ("DEFAULT", 1, False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        torch.set_num_threads(threads)
+        assert winograd.pays_here() == expected

@@ -26,32 +26,34 @@ class Geometry:
 
     Attributes:
         stride, padding, dilation, groups: As in ``torch.nn.functional.conv2d``.
+        kept: What is known of weights that stay as they are; None: they do not.
     """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    kept: winograd.Kept | None = None
 
     @classmethod
-    def of(cls, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int) -> Self:
+    def of(cls, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int, kept: winograd.Kept | None = None) -> Self:
         """From what ``torch.conv2d`` is given: one number for both directions, or two."""
 
         def both(sizes: Sizes) -> tuple[int, ...]:
             return (sizes, sizes) if isinstance(sizes, int) else tuple(sizes)
 
-        return cls(both(stride), both(padding), both(dilation), groups)
+        return cls(both(stride), both(padding), both(dilation), groups, kept)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """The output y."""
         if self.by_winograd(x, w):
-            return winograd.forward(x, w)
+            return winograd.forward(x, w, self.kept)
         return torch.conv2d(x, w, None, self.stride, self.padding, self.dilation, self.groups)
 
     def to_images(self, y: Tensor, x: Tensor, w: Tensor) -> Tensor:
         """The cotangent y of the output to that of x, of which the shape is read only."""
         if self.by_winograd(x, w):
-            return winograd.to_images(y, x, w)
+            return winograd.to_images(y, x, w, self.kept)
         found: Tensor = self._backward(y, x, w, [True, False, False])[0]
         return found
 

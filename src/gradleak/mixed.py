@@ -89,12 +89,12 @@ def image_model(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16) if _format.get().startswith("bfloat16") else nullcontext()
 
 
-def convolutions() -> AbstractContextManager[Any]:
+def convolutions(kept: winograd.Kept | None = None) -> AbstractContextManager[Any]:
     """Convolutions inside have weight gradients by bfloat16 where the round has, and are products of fewer multiplications
-    where that pays (:mod:`gradleak.winograd`). They can be differentiated once.
+    where that pays (:mod:`gradleak.winograd`), with what is ``kept`` of the weights. They can be differentiated once.
     """
     half = _format.get() == "bfloat16"
-    return _Convolutions(half) if half or winograd.pays_here() else nullcontext()
+    return _Convolutions(half, kept) if half or winograd.pays_here() else nullcontext()
 
 
 @functools.cache
@@ -140,9 +140,9 @@ class _Convolution(torch.autograd.Function):
 
 
 class _Convolutions(TorchFunctionMode):
-    def __init__(self, half: bool) -> None:
+    def __init__(self, half: bool, kept: winograd.Kept | None) -> None:
         super().__init__()
-        self.half = half
+        self.half, self.kept = half, kept
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, arguments: Sequence[Any] = (), named: Mapping[str, Any] | None = None
@@ -150,7 +150,7 @@ class _Convolutions(TorchFunctionMode):
         named = named or {}
         if function is torch.conv2d and len(arguments) == 7 and not named and not isinstance(arguments[4], str):
             x, weight, bias, stride, padding, dilation, groups = arguments
-            geometry = Geometry.of(stride, padding, dilation, groups)
+            geometry = Geometry.of(stride, padding, dilation, groups, self.kept)
             half = self.half and weight.requires_grad and weight.dtype == torch.float32
             if half or geometry.by_winograd(x, weight):
                 y = _Convolution.apply(x, weight, geometry, half)

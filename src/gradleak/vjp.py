@@ -25,6 +25,7 @@ from gradleak.distance import norm
 from gradleak.errors import ModelError
 from gradleak.observation import Update
 from gradleak.prefix import Prefix
+from gradleak.winograd import Kept
 
 Loss = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 """Weights and images to the scalar training loss L."""
@@ -87,7 +88,9 @@ def second_derivative(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotan
         ) from None
 
 
-def secant(loss: Loss, weights: Update, images: Tensor, *, step: float = 1e-3) -> tuple[Update, Transpose]:
+def secant(
+    loss: Loss, weights: Update, images: Tensor, *, step: float = 1e-3, kept: Kept | None = None
+) -> tuple[Update, Transpose]:
     r""":math:`(\nabla_x L(x; W + h r) - \nabla_x L(x; W)) / h` with :math:`h = \text{step} / \|r\|`.
 
     Needs first derivatives only: about five forward passes of F in place of eight and a half, and less than half the
@@ -99,12 +102,15 @@ def secant(loss: Loss, weights: Update, images: Tensor, *, step: float = 1e-3) -
         weights: W, name -> tensor.
         images: B x C x H x W.
         step: Length of the move in weight space.
+        kept: What an earlier call with the same weights made of them; None: nothing is kept.
     """
     names = list(weights)
     leaves = [weights[name].detach().requires_grad_() for name in names]
     images = images.detach().requires_grad_()
     prefix = Prefix(images)
-    with mixed.convolutions():
+    if kept is not None:
+        kept.next_pass()
+    with mixed.convolutions(kept):
         value = prefix(lambda: loss(dict(zip(names, leaves, strict=True)), images))
     found = torch.autograd.grad(value, [*leaves, *prefix.border], allow_unused=True)
     gradients = [torch.zeros_like(w) if g is None else g for w, g in zip(leaves, found, strict=False)]
@@ -160,6 +166,7 @@ class SelfChecking:
         self.tolerance, self.every, self.steps, self.size = tolerance, every, steps, size
         self.step, self.error, self.trusted = 1e-3, math.nan, True
         self._calls = 0
+        self._kept = Kept()
 
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint keeps."""
@@ -203,8 +210,10 @@ class SelfChecking:
         check = self._calls % self.every == 0
         self._calls += 1
         if not check:
-            return secant(loss, weights, images, step=self.step) if self.trusted else exact(loss, weights, images)
-        update, candidate = secant(loss, weights, images)
+            if not self.trusted:
+                return exact(loss, weights, images)
+            return secant(loss, weights, images, step=self.step, kept=self._kept)
+        update, candidate = secant(loss, weights, images, kept=self._kept)
 
         def transpose(cotangent: Update) -> Tensor:
             found: dict[float, tuple[float, Tensor]] = {}

@@ -44,16 +44,19 @@ CHANNELS, SIZE = 128**2, 2**17
 #: Numbers of transformed kernels at a time: 4 MiB, and as many columns of the product that makes them.
 PART, COLUMNS = 2**20, 4096
 
+#: Transformed kernels take four times the memory of the weights. They are kept where there are at most so many images: with
+#: more, making them takes a smaller share of the time, and memory is short.
+IMAGES_KEPT = 32
+
 #: Numbers between the rows of transformed kernels: rows at powers of two are in each other's place in the cache.
 PADDING = 16
 
 
-@functools.cache
 def pays_here() -> bool:
-    """Whether the processor is one where this is faster than the library's convolutions: with AVX2 and without AVX-512, where
-    multiplying is cheaper. On others it was not measured.
+    """Whether this is faster than the library's convolutions: on one thread of a processor with AVX2 and without AVX-512. Where
+    multiplying is cheaper it was not measured, and two threads wait for memory together.
     """
-    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return torch.get_num_threads() == 1 and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def pays(x: Tensor, w: Tensor) -> bool:
@@ -66,22 +69,45 @@ def pays(x: Tensor, w: Tensor) -> bool:
     return pays_here() and fits and w.shape[0] * w.shape[1] >= CHANNELS and x.numel() >= SIZE
 
 
-def forward(x: Tensor, w: Tensor) -> Tensor:
+class Kept:
+    """Transformed kernels of weights that stay as they are from pass to pass."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, torch.Size], tuple[Tensor, int, Tensor]] = {}
+        self._used: set[tuple[int, torch.Size]] = set()
+
+    def next_pass(self) -> None:
+        """Forget what was not used since the last call: weights that were replaced."""
+        self._known = {key: known for key, known in self._known.items() if key in self._used}
+        self._used.clear()
+
+    def kernels(self, w: Tensor) -> Tensor:
+        """36 x C_out x C_in."""
+        key = w.data_ptr(), w.shape
+        self._used.add(key)
+        known = self._known.get(key)
+        if known is None or known[1] != w._version:
+            # the weights are held too, so that no others come to be in their place
+            known = self._known[key] = w.detach(), w._version, _transformed_kernels(w)
+        return known[2]
+
+
+def forward(x: Tensor, w: Tensor, kept: Kept | None = None) -> Tensor:
     """The convolution, B x C_out x H x W."""
     a, b = _transforms(*x.shape[2:], x.dtype)
     values = _transformed(x, b)
     products = values.new_empty(*values.shape[:2], len(w))
-    for rows, kernels in _kernels(w):
+    for rows, kernels in _kernels(w, len(x), kept):
         products[:, :, rows] = values @ kernels.transpose(1, 2)
     return _images(products, a, x)
 
 
-def to_images(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
+def to_images(y: Tensor, x: Tensor, w: Tensor, kept: Kept | None = None) -> Tensor:
     """The cotangent y of the output to that of x, of which the shape is read only."""
     a, b = _transforms(*x.shape[2:], x.dtype)
     products = _transformed(y, a)
     values = products.new_zeros(*products.shape[:2], x.shape[1])
-    for rows, kernels in _kernels(w):
+    for rows, kernels in _kernels(w, len(x), kept):
         values.baddbmm_(products[:, :, rows], kernels)
     return _images(values, b, x)
 
@@ -156,12 +182,19 @@ def _room(w: Tensor) -> Tensor:
     return w.new_empty(VALUES**2, n + PADDING)[:, :n].unflatten(1, w.shape[:2])
 
 
-def _kernels(w: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Output channels and their transformed kernels, 36 x some of C_out x C_in, one part after the other."""
+def _transformed_kernels(w: Tensor) -> Tensor:
+    """36 x C_out x C_in."""
+    kernels, flat = _room(w), w.reshape(-1, WEIGHTS**2)
+    to = kernels.flatten(1)
+    for k in range(0, len(flat), COLUMNS):
+        torch.mm(_kernel_transform(w.dtype), flat[k : k + COLUMNS].T, out=to[:, k : k + COLUMNS])
+    return kernels
+
+
+def _kernels(w: Tensor, images: int, kept: Kept | None) -> Iterator[tuple[slice, Tensor]]:
+    """Output channels and their transformed kernels: all of those that are kept, else one part after the other."""
+    if kept is not None and images <= IMAGES_KEPT:
+        yield slice(None), kept.kernels(w)
+        return
     for rows in _parts(w):
-        part = w[rows]
-        kernels, flat = _room(part), part.reshape(-1, WEIGHTS**2)
-        to = kernels.flatten(1)
-        for k in range(0, len(flat), COLUMNS):
-            torch.mm(_kernel_transform(w.dtype), flat[k : k + COLUMNS].T, out=to[:, k : k + COLUMNS])
-        yield rows, kernels
+        yield rows, _transformed_kernels(w[rows])
