@@ -159,7 +159,7 @@ def test_where_bfloat16_is_too_far_off_it_is_given_up(client: FedSGD, monkeypatc
     formats: list[str] = []
     tried, gradients = bfloat16.passes, mixed.convolutions
     monkeypatch.setattr(bfloat16, "passes", lambda: (passes.append("tried"), tried())[1])
-    monkeypatch.setattr(mixed, "convolutions", lambda: (formats.append(mixed._format.get()), gradients())[1])
+    monkeypatch.setattr(mixed, "convolutions", lambda *kept: (formats.append(mixed._format.get()), gradients(*kept))[1])
     monkeypatch.setitem(LOOP, "WHOLE_TOLERANCE", 1e-6)
     found = run(client, precision="mixed", rounds=24)
     of_found = formats.copy()
