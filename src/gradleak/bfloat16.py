@@ -116,7 +116,7 @@ class _Matrices(Geometry):
         return (y.permute(0, 2, 3, 1).flatten(0, 2).T @ patches).view(w.shape)
 
     def _as_matrices(self, size: int, w: Tensor) -> bool:
-        return w.numel() > MATRICES * size and self.groups == 1 and tuple(self.dilation) == (1, 1)
+        return w.numel() > MATRICES * size and self.groups == 1 and self.dilation == (1, 1)
 
     def _patches(self, x: Tensor, w: Tensor) -> Tensor:
         """B x rows x columns x channels x kernel positions."""
